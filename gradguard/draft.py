@@ -1,0 +1,215 @@
+"""One optimizer step while it is being measured: host values now, device values a few steps later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradguard.drift import DriftLayout, DriftReport
+from gradguard.paths import state_of_flag
+from gradguard.records import (
+    GateDecision,
+    ParameterReading,
+    PathState,
+    StepEvidence,
+    StepRecord,
+    judge,
+)
+from gradguard.window import Window
+
+Values = Mapping[str, Sequence[float]]
+
+
+@dataclass(slots=True)
+class Draft:
+    """Collects one attempt; :meth:`pack` sends the device part away, :meth:`record` makes the record.
+
+    Attributes:
+        names: names of the optimizer's parameters, in its order.
+        with_gradient: positions in ``names`` of the parameters that had a gradient.
+        ran: whether the optimizer's ``step`` was entered and returned.
+        decision: the gate's verdict, where it is known on the host.
+        tensors: 1-D device values by field.
+    """
+
+    step: int
+    optimizer: str
+    names: Sequence[str]
+    detailed: bool
+    learning_rates: list[float | Tensor]
+    window: Window
+    with_gradient: list[int] = field(default_factory=list)
+    ran: bool = False
+    decision: GateDecision | None = None
+    drift_layout: DriftLayout | None = None
+    micro_steps: int | None = None
+    wall_s: float | None = None
+    guard_s: float = 0.0
+    ended_unix_s: float | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    layout: list[tuple[str, int]] = field(default_factory=list)
+
+    def put(self, field_name: str, value: Tensor | None) -> None:
+        """Add device values under a field name; None is "not measured"."""
+        if value is not None:
+            self.tensors[field_name] = value.detach().reshape(-1)
+
+    def pack(self, device: torch.device) -> Tensor:
+        """Return all device values as one 1-D tensor and remember where each lies. Sync: none."""
+        for key, mean in self.window.means.items():
+            value = mean.value()
+            if isinstance(value, Tensor):
+                self.put(f"mean:{key}", value)
+        for index, rate in enumerate(self.learning_rates):
+            if isinstance(rate, Tensor):
+                self.put(f"rate:{index}", rate)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.layout = [(name, len(value)) for name, value in self.tensors.items()]
+        pieces = [v.to(device, wide, non_blocking=True) for v in self.tensors.values()]
+        self.tensors = {}
+        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=wide, device=device)
+
+    def unpack(self, values: Sequence[float]) -> Values:
+        """Return the values of :meth:`pack`, back on the host, by field name."""
+        found: dict[str, Sequence[float]] = {}
+        start = 0
+        for name, size in self.layout:
+            found[name] = values[start : start + size]
+            start += size
+        return found
+
+    def record(self, values: Sequence[float], has_nonfinite: Callable[[], bool]) -> StepRecord:
+        """Return the record of this attempt.
+
+        Args:
+            values: what :meth:`pack` packed.
+            has_nonfinite: looks for NaN and Inf in the parameters; called only when a step ran on a
+                gradient that was not finite and the sampled movement does not settle the question.
+        """
+        found = self.unpack(values)
+        norms = found.get("norms", ())
+        broken = [
+            i for i, norm in zip(self.with_gradient, norms, strict=False) if not _finite(norm)
+        ]
+        report = self._drift(found)
+        decision = self._verdict(found)
+        nan_count, inf_count = self._counts(found, all_finite=bool(norms) and not broken)
+        evidence = StepEvidence(
+            found_inf=_one(found, "found_inf"),
+            vetoed=decision is not None and not decision.allowed,
+            had_gradient=bool(self.with_gradient),
+            wrote_nonfinite=self._wrote_nonfinite(report, bool(broken), decision, has_nonfinite),
+            moved_fraction=None if report is None else report.overall.moved_fraction,
+        )
+        return StepRecord(
+            step=self.step,
+            optimizer=self.optimizer,
+            outcome=judge(evidence),
+            reason=None if decision is None else decision.reason,
+            micro_steps=self.micro_steps,
+            batches=self.window.batches,
+            loss=self._mean("loss", found),
+            reported_loss=self._mean("reported_loss", found),
+            terms=self._terms(found),
+            loss_scale_before=_one(found, "scale_before"),
+            loss_scale_after=_one(found, "scale_after"),
+            found_inf=evidence.found_inf,
+            gradient_norm=math.hypot(*norms) if norms else None,
+            gradient_norm_before_clipping=self._mean("gradient_norm", found),
+            nonfinite_tensors=len(broken) if norms else None,
+            first_nonfinite=self.names[broken[0]] if broken else None,
+            nan_count=nan_count,
+            inf_count=inf_count,
+            drift=None if report is None else report.overall,
+            groups=() if report is None else report.groups,
+            parameters=self._parameters(found, norms, report),
+            learning_rates=tuple(
+                _one(found, f"rate:{i}") or 0.0 if isinstance(rate, Tensor) else rate
+                for i, rate in enumerate(self.learning_rates)
+            ),
+            averaged_lag=_lag(found.get("averaged")),
+            wall_s=self.wall_s,
+            guard_s=self.guard_s,
+            ended_unix_s=self.ended_unix_s,
+        )
+
+    def _drift(self, found: Values) -> DriftReport | None:
+        sums = found.get("drift")
+        if sums is None or self.drift_layout is None:
+            return None
+        return self.drift_layout.report(sums, detailed=self.detailed)
+
+    def _verdict(self, found: Values) -> GateDecision | None:
+        flag = _one(found, "veto")
+        if self.decision is None and flag:
+            return GateDecision(allowed=False, reason="vetoed on the device")
+        return self.decision
+
+    def _counts(self, found: Values, *, all_finite: bool) -> tuple[int | None, int | None]:
+        counts = found.get("counts")
+        if counts is not None:
+            half = len(counts) // 2
+            return int(sum(counts[:half])), int(sum(counts[half:]))
+        return (0, 0) if all_finite else (None, None)
+
+    def _wrote_nonfinite(
+        self,
+        report: DriftReport | None,
+        gradient_broken: bool,
+        decision: GateDecision | None,
+        has_nonfinite: Callable[[], bool],
+    ) -> bool | None:
+        if not self.ran or (decision is not None and not decision.allowed):
+            return None
+        if report is not None and not _finite(report.overall.update_norm):
+            return True
+        return has_nonfinite() if gradient_broken else False
+
+    def _mean(self, key: str, found: Values) -> float | None:
+        if key not in self.window.means:
+            return None
+        value = self.window.means[key].value()
+        return _one(found, f"mean:{key}") if isinstance(value, Tensor) else value
+
+    def _terms(self, found: Values) -> dict[str, float]:
+        names = [key for key in self.window.means if key.startswith("term:")]
+        pairs = ((key.removeprefix("term:"), self._mean(key, found)) for key in names)
+        return {name: value for name, value in pairs if value is not None}
+
+    def _parameters(
+        self, found: Values, norms: Sequence[float], report: DriftReport | None
+    ) -> tuple[ParameterReading, ...] | None:
+        flags = found.get("paths")
+        if not self.detailed or flags is None:
+            return None
+        norm_of = dict(zip(self.with_gradient, norms, strict=True))
+        flag_of = dict(zip(self.with_gradient, flags, strict=True))
+        drifts = report.parameters if report is not None else ()
+        return tuple(
+            ParameterReading(
+                name=name,
+                path=state_of_flag(flag_of[i]) if i in flag_of else PathState.NO_GRADIENT,
+                gradient_norm=norm_of.get(i),
+                drift=drifts[i] if drifts else None,
+            )
+            for i, name in enumerate(self.names)
+        )
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+def _one(found: Values, field_name: str) -> float | None:
+    values = found.get(field_name)
+    return None if values is None else values[0]
+
+
+def _lag(values: Sequence[float] | None) -> float | None:
+    if values is None or values[1] == 0:
+        return None
+    return math.sqrt(values[0] / values[1])

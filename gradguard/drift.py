@@ -1,0 +1,373 @@
+"""How far one optimizer step moved the parameters: sampled on every step, exact on request.
+
+A snapshot is taken right before the step and the difference right after it, so nothing that happens
+between steps (EMA, SWA, a weight swap) can mask the movement. Sampled readings look at fixed strided
+positions and state their standard error; positions are never drawn from a random generator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from gradguard.norms import dense_values
+from gradguard.records import Drift
+
+SAMPLES_PER_TENSOR = 1024
+SAMPLE_BUDGET = 65_536
+_TABLE_MIN_ROWS = 1024
+_TABLE_ROWS, _TABLE_COLUMNS = 8, 16
+_FIELDS = 4  # update^2, its sampling variance, moved, weight^2
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How the samples lie: how many per parameter, and how many values each one stands for."""
+
+    sizes: tuple[int, ...]
+    weights: Tensor
+
+
+class ParameterSample:
+    """Fixed positions in a list of parameters, read with one concatenation.
+
+    Large tables (1,024 rows and more) get a few extra positions where the gradient is largest: an
+    embedding that updates a handful of rows would otherwise look as if it stood still.
+
+    Memory: the sampled values (at most ``per_tensor`` a tensor and about ``budget`` in all).
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, per_tensor: int, budget: int) -> None:
+        self._parameters = tuple(parameters)
+        quota = max(16, min(per_tensor, budget // max(1, len(self._parameters))))
+        self._views = [_strided_view(p, quota) for p in self._parameters]
+        self._tables = [i for i, p in enumerate(self._parameters) if _is_table(p, quota)]
+        self._rows: dict[int, Tensor] = {}
+        self._layouts: dict[tuple[tuple[int, int], ...], _Layout] = {}
+        self.counts = [view.numel() for view in self._views]
+        self.totals = [dense_values(p).numel() for p in self._parameters]
+
+    def aim(self, gradients: Sequence[Tensor | None]) -> None:
+        """Choose the extra positions of large tables from their gradients. Sync: none."""
+        self._rows = {}
+        for index in self._tables:
+            rows = _largest_rows(gradients[index])
+            if rows is not None:
+                self._rows[index] = rows
+
+    def take(self) -> Tensor:
+        """Return a copy of the sampled values, 1-D. Sync: none."""
+        if not self._rows:
+            return torch.cat(self._views)
+        pieces: list[Tensor] = []
+        for index, view in enumerate(self._views):
+            pieces.append(view)
+            if index in self._rows:
+                pieces.append(_table_rows(self._parameters[index], self._rows[index]))
+        return torch.cat(pieces)
+
+    def layout(self) -> _Layout:
+        """Return the layout of what :meth:`take` returns now. Sync: none."""
+        key = tuple((index, len(rows)) for index, rows in self._rows.items())
+        if key not in self._layouts:
+            self._layouts = {key: self._new_layout()}
+        return self._layouts[key]
+
+    def _new_layout(self) -> _Layout:
+        device = self._views[0].device
+        wide = _wide_dtype(device)
+        sizes, runs = [], []
+        for index, count in enumerate(self.counts):
+            weight = self.totals[index] / max(1, count)
+            runs.append(torch.full((count,), weight, dtype=wide))
+            extra = 0
+            if index in self._rows:
+                columns = min(_TABLE_COLUMNS, self._parameters[index][0].numel())
+                extra = len(self._rows[index]) * columns
+                runs.append(torch.ones(extra, dtype=wide))
+            sizes.append(count + extra)
+        return _Layout(tuple(sizes), torch.cat(runs).to(device, non_blocking=True))
+
+
+def _strided_view(parameter: Tensor, quota: int) -> Tensor:
+    """Return a 1-D view of at most ``quota`` values, evenly spaced in memory, without copying."""
+    values = dense_values(parameter)
+    order = sorted(range(values.dim()), key=values.stride, reverse=True)
+    packed = values.permute(order)
+    if packed.is_contiguous():
+        step = max(1, math.ceil(packed.numel() / quota))
+        return packed.view(-1)[::step]
+    # Holes or overlaps in memory: one row is the most that has a single stride.
+    return values[(0,) * (values.dim() - 1)][:quota]
+
+
+def _is_table(parameter: Tensor, quota: int) -> bool:
+    return (
+        parameter.dim() >= 2
+        and parameter.shape[0] >= _TABLE_MIN_ROWS
+        and parameter.numel() > quota
+        and not parameter.is_complex()
+        and type(parameter.data) is Tensor
+    )
+
+
+def _largest_rows(gradient: Tensor | None) -> Tensor | None:
+    """Return indices of rows with a large gradient; None without one. Sync: none."""
+    if gradient is None or gradient.numel() == 0:
+        return None
+    if gradient.layout is torch.sparse_coo:
+        rows = gradient._indices()[0, :_TABLE_ROWS]  # noqa: SLF001 (indices() would coalesce)
+        return rows.clone() if len(rows) else None
+    if gradient.layout is not torch.strided:
+        return None
+    return gradient.detach().flatten(1)[:, 0].abs().topk(_TABLE_ROWS).indices
+
+
+def _table_rows(parameter: Tensor, rows: Tensor) -> Tensor:
+    columns = parameter.detach().flatten(1)[:, :_TABLE_COLUMNS]
+    return columns.index_select(0, rows).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class DriftReport:
+    """Movement of one step: the whole, per group and (when asked for) per parameter."""
+
+    overall: Drift
+    groups: tuple[Drift, ...]
+    parameters: tuple[Drift, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DriftLayout:
+    """How to read the sums of a :class:`DriftMeter`; holds numbers and names, no tensors."""
+
+    names: tuple[str, ...]
+    group_sizes: tuple[int, ...]
+    sampled: tuple[int, ...]
+    totals: tuple[int, ...]
+    exact: bool
+
+    def report(self, values: Sequence[float], *, detailed: bool) -> DriftReport:
+        """Return the report of what :meth:`DriftMeter.sums` gave, once it is on the host. Sync: none."""
+        rows = [values[i : i + _FIELDS] for i in range(0, len(values), _FIELDS)]
+        parameters: tuple[Drift, ...] = ()
+        if detailed or self.exact:
+            parameters = tuple(
+                _drift(name, row, sampled=n, total=t)
+                for name, row, n, t in zip(self.names, rows, self.sampled, self.totals, strict=True)
+            )
+            rows = _summed(rows, self.group_sizes)
+        group_sampled = _merged(self.sampled, self.group_sizes)
+        group_totals = _merged(self.totals, self.group_sizes)
+        groups = tuple(
+            _drift(f"group {i}", row, sampled=n, total=t)
+            for i, (row, n, t) in enumerate(zip(rows, group_sampled, group_totals, strict=True))
+        )
+        whole = _summed(rows, [len(rows)])[0]
+        overall = _drift("all", whole, sampled=sum(self.sampled), total=sum(self.totals))
+        return DriftReport(overall, groups, parameters)
+
+
+class DriftMeter:
+    """Reads how far one optimizer step moved the parameters.
+
+    ``mark()`` right before ``optimizer.step()``, ``read()`` right after it::
+
+        meter = DriftMeter(model.named_parameters())
+        meter.mark(); optimizer.step(); print(meter.read().overall.update_to_weight)
+
+    Args:
+        named_parameters: pairs of name and parameter, as from ``model.named_parameters()``.
+        exact: look at every value instead of a sample.
+        group_sizes: numbers of consecutive parameters that form a group; default one group.
+        per_tensor: samples per parameter at most; budget: samples in all, about.
+
+    Memory: sampled, the samples; exact, one copy of the parameters between mark and read.
+
+    Raises:
+        ValueError: no parameters, or group sizes that do not add up.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        exact: bool = False,
+        group_sizes: Sequence[int] | None = None,
+        per_tensor: int = SAMPLES_PER_TENSOR,
+        budget: int = SAMPLE_BUDGET,
+    ) -> None:
+        named = list(named_parameters)
+        if not named:
+            raise ValueError("DriftMeter got no parameters; pass model.named_parameters()")
+        self._parameters = [parameter for _, parameter in named]
+        self._group_sizes = list(group_sizes) if group_sizes is not None else [len(named)]
+        if sum(self._group_sizes) != len(named):
+            raise ValueError(
+                f"DriftMeter: group_sizes {self._group_sizes} add up to {sum(self._group_sizes)}, "
+                f"but there are {len(named)} parameters"
+            )
+        self._exact = exact
+        self._sample = ParameterSample(self._parameters, per_tensor=per_tensor, budget=budget)
+        self._before: Tensor | list[Tensor] | None = None
+        self.layout = DriftLayout(
+            names=tuple(name for name, _ in named),
+            group_sizes=tuple(self._group_sizes),
+            sampled=tuple(self._sample.totals if exact else self._sample.counts),
+            totals=tuple(self._sample.totals),
+            exact=exact,
+        )
+
+    def mark(self, gradients: Sequence[Tensor | None] | None = None) -> None:
+        """Copy the (sampled) values, right before the step; gradients default to ``.grad``.
+
+        Sync: none.
+        """
+        with torch.no_grad():
+            if self._exact:
+                self._before = [dense_values(p).clone() for p in self._parameters]
+                return
+            found = [p.grad for p in self._parameters] if gradients is None else gradients
+            self._sample.aim(found)
+            self._before = self._sample.take()
+
+    def read(self) -> DriftReport:
+        """Return the movement since :meth:`mark`, per parameter too. Sync: one copy to the host.
+
+        Raises:
+            RuntimeError: ``mark()`` was not called before.
+        """
+        return self.layout.report(self.sums(detailed=True).tolist(), detailed=True)
+
+    def sums(self, *, detailed: bool) -> Tensor:
+        """Return the sums behind a report as a 1-D float64 tensor. Sync: none.
+
+        ``detailed`` gives one row per parameter instead of one per group.
+        """
+        if self._before is None:
+            raise RuntimeError("DriftMeter.read() before mark(): nothing to compare with")
+        before, self._before = self._before, None
+        with torch.no_grad():
+            if isinstance(before, list):
+                rows = torch.stack(
+                    [
+                        _exact_sums(b, dense_values(p))
+                        for b, p in zip(before, self._parameters, strict=True)
+                    ]
+                )
+                return rows.reshape(-1)
+            return self._sampled_sums(before, detailed=detailed)
+
+    def _sampled_sums(self, before: Tensor, *, detailed: bool) -> Tensor:
+        after = self._sample.take()
+        layout = self._sample.layout()
+        sizes = list(layout.sizes) if detailed else _merged(layout.sizes, self._group_sizes)
+        rows = _products(before, after, layout.weights)
+        return torch.cat([piece.sum(dim=1) for piece in torch.split(rows, sizes, dim=1)])
+
+
+def _wide_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _products(before: Tensor, after: Tensor, weights: Tensor) -> Tensor:
+    """Return the summands, shape ``(4, n)``: update^2, its sampling variance, moved, weight^2.
+
+    The variance is Horvitz-Thompson's with the second moment in place of the variance: an upper bound.
+    """
+    start, end = before.to(weights.dtype), after.to(weights.dtype)
+    square = (end - start).square_()
+    update = weights * square
+    return torch.stack(
+        (update, (weights - 1) * update * square, weights * (before != after), weights * start**2)
+    )
+
+
+def _exact_sums(before: Tensor, after: Tensor) -> Tensor:
+    wide = _wide_dtype(before.device)
+    update = torch.linalg.vector_norm(after.to(wide) - before.to(wide)) ** 2
+    weight = torch.linalg.vector_norm(before, dtype=wide) ** 2
+    moved = (before != after).sum().to(wide)
+    return torch.stack((update, torch.zeros_like(update), moved, weight))
+
+
+def _merged(counts: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    edges = list(accumulate(sizes, initial=0))
+    return [sum(counts[a:b]) for a, b in pairwise(edges)]
+
+
+def _summed(rows: Sequence[Sequence[float]], sizes: Sequence[int]) -> list[Sequence[float]]:
+    edges = list(accumulate(sizes, initial=0))
+    return [[sum(row[k] for row in rows[a:b]) for k in range(_FIELDS)] for a, b in pairwise(edges)]
+
+
+def _drift(name: str, row: Sequence[float], *, sampled: int, total: int) -> Drift:
+    update, variance, moved, weight = row
+    error = 0.5 * math.sqrt(variance) / update if update > 0 and math.isfinite(variance) else 0.0
+    return Drift(
+        name=name,
+        update_norm=math.sqrt(update) if update >= 0 else math.nan,
+        weight_norm=math.sqrt(weight) if weight >= 0 else math.nan,
+        moved_fraction=min(1.0, round(moved / total, 12)) if total else 0.0,
+        sampled=sampled,
+        total=total,
+        relative_error=error,
+    )
+
+
+def averaged_distance(live: Sequence[Tensor], averaged: Sequence[Tensor]) -> Tensor:
+    """Return sampled squared norms ``(|averaged - live|^2, |live|^2)`` as a tensor of shape (2,).
+
+    Sync: none.
+    """
+    quota = max(16, min(SAMPLES_PER_TENSOR, SAMPLE_BUDGET // max(1, len(live))))
+    with torch.no_grad():
+        rows = [_distance(*_alike(a, b), quota) for a, b in zip(live, averaged, strict=True)]
+        return torch.stack(rows).sum(0)
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both so that equal positions in memory hold equal entries (a copy only where needed)."""
+    if one.stride() == other.stride():
+        return one, other
+    return one.detach().contiguous(), other.detach().contiguous()
+
+
+def _distance(live: Tensor, averaged: Tensor, quota: int) -> Tensor:
+    wide = _wide_dtype(live.device)
+    start = _strided_view(live, quota).to(wide)
+    end = _strided_view(averaged, quota).to(start.device, wide, non_blocking=True)
+    weight = dense_values(live).numel() / max(1, start.numel())
+    return weight * torch.stack(((end - start).square().sum(), start.square().sum()))
+
+
+def averaged_lag(live: Iterable[Tensor], averaged: Iterable[Tensor]) -> float | None:
+    """Return how far an averaged copy (EMA, SWA) lies behind: |averaged - live| / |live|, sampled.
+
+    Args:
+        live: the parameters that the optimizer moves.
+        averaged: their averaged copies, in the same order and of the same shapes.
+
+    Returns:
+        The relative distance; None when the live parameters are all zero.
+
+    Raises:
+        ValueError: the two lists do not match.
+
+    Sync: one copy to the host.
+    """
+    ones, others = list(live), list(averaged)
+    shapes, other_shapes = [tuple(p.shape) for p in ones], [tuple(p.shape) for p in others]
+    if not ones or shapes != other_shapes:
+        raise ValueError(
+            f"reading the lag of an averaged copy: {len(ones)} live and {len(others)} averaged "
+            "parameters, which must match one to one in number and shape; "
+            "pass model.parameters() and averaged_model.parameters()"
+        )
+    lag, norm = averaged_distance(ones, others).tolist()
+    return None if norm == 0 else math.sqrt(lag / norm)

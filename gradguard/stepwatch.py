@@ -1,0 +1,355 @@
+"""Watches one optimizer: turns every attempted step into one draft, whatever path it takes.
+
+Three ways lead to a finished draft. Without an active scaler: the step's post-hook. With one: the
+``update()`` that follows the step. A step that the scaler skipped without calling the optimizer: the same
+``update()``, where the scaler's state says that a step was attempted.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from gradguard.attach import BackwardCounter, around_step
+from gradguard.draft import Draft
+from gradguard.drift import DriftMeter, averaged_distance
+from gradguard.norms import nonfinite_counts, tensor_norms
+from gradguard.paths import path_flags
+from gradguard.records import GateDecision
+from gradguard.scaler import innermost_optimizer, loss_scale, optimizer_keys, read_scaler
+from gradguard.window import Number, Window
+
+_ALERT_STEPS = 32
+"""How many steps non-finite entries are counted exactly after a gradient was not finite."""
+
+
+class Gate(Protocol):
+    """What is read from a step gate: its verdict, and the gradients while it hides them."""
+
+    @property
+    def attempts(self) -> int:
+        """Number of steps judged so far."""
+
+    @property
+    def last_decision(self) -> GateDecision | None:
+        """The latest verdict known on the host."""
+
+    @property
+    def veto_flag(self) -> Tensor | None:
+        """0-dim flag of the current step, above 0 for a veto, where only the device knows it."""
+
+    def hidden_gradients(self) -> Mapping[int, Tensor]:
+        """Gradients by ``id(parameter)`` while they are hidden."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchSettings:
+    """What is measured, and how often.
+
+    Attributes:
+        detail_every: optimizer steps between steps measured per parameter.
+        drift: ``"sampled"``, ``"exact"`` or ``"off"``.
+    """
+
+    detail_every: int
+    drift: str
+
+
+class OptimizerWatch:
+    """Hooks around one optimizer; hands finished drafts to ``emit``.
+
+    ``protect(part, work)`` runs ``work`` so that a fault in it switches ``part`` off instead of reaching
+    the training loop.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        optimizer: object,
+        *,
+        parameter_names: Mapping[int, str],
+        settings: WatchSettings,
+        scaler: GradScaler | None,
+        gate: Gate | None,
+        averaged: Mapping[str, Tensor],
+        protect: Callable[[str, Callable[[], None]], None],
+        emit: Callable[[OptimizerWatch, Draft], None],
+    ) -> None:
+        self.name = name
+        inner = innermost_optimizer(optimizer)
+        self._optimizer_ref = weakref.ref(inner)
+        self._keys = optimizer_keys(optimizer)
+        self._parameter_names = parameter_names
+        self._settings, self._gate = settings, gate
+        self._scaler_ref = None if scaler is None else weakref.ref(scaler)
+        self._averaged, self._protect, self._emit = averaged, protect, emit
+        self._steps = 0
+        self._alert_steps = 0
+        self._window = Window()
+        self._inside: Draft | None = None  # between the step's hooks
+        self._pending: Draft | None = None  # stepped, waiting for scaler.update()
+        self._open: Draft | None = None  # finished; late observations may still belong to it
+        self._judged = 0
+        self._ended_s: float | None = None
+        self._parameters: list[Tensor] = []
+        self._meter: DriftMeter | None = None
+        self._read_parameters()
+        self._backwards = BackwardCounter(self._parameters)
+        self._handles = around_step(
+            inner,
+            before=lambda: protect("step", self._begin),
+            after=lambda: protect("step", self._returned),
+        )
+        weakref.finalize(inner, self._forget)
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        optimizer = self._optimizer_ref()
+        if optimizer is None:
+            raise RuntimeError(f"the watched optimizer {self.name!r} has been deleted")
+        return optimizer
+
+    @property
+    def _scaler(self) -> GradScaler | None:
+        return None if self._scaler_ref is None else self._scaler_ref()
+
+    def _forget(self) -> None:
+        """Let go of the parameters once the optimizer is gone."""
+        self._parameters.clear()
+        self._places.clear()
+        self._meter = None
+
+    # --- what is watched -----------------------------------------------------------------------
+
+    def _read_parameters(self) -> None:
+        groups = self._optimizer.param_groups
+        self._parameters = [p for group in groups for p in group["params"]]
+        self._places = _places(self._parameters)
+        self._device = self._parameters[0].device
+        self._names = [
+            self._parameter_names.get(id(p), f"{self.name}.parameter {i}")
+            for i, p in enumerate(self._parameters)
+        ]
+        if self._settings.drift != "off":
+            self._meter = DriftMeter(
+                list(zip(self._names, self._parameters, strict=True)),
+                exact=self._settings.drift == "exact",
+                group_sizes=[len(group["params"]) for group in groups],
+            )
+
+    def _refresh(self) -> None:
+        """Notice added groups and parameters that were given new storage."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        if _places(parameters) != self._places:
+            self._read_parameters()
+            self._backwards.listen(self._parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter lives."""
+        return self._device
+
+    # --- the step ------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._finish_pending()
+        self._refresh()
+        draft, gradients = self._new_draft()
+        self._protect("gradients", lambda: self._measure_gradients(draft, gradients))
+        if draft.detailed and self._averaged:
+            self._protect("averaged", lambda: self._measure_averaged(draft))
+        meter = self._meter
+        if meter is not None:
+            self._protect("drift", lambda: meter.mark(gradients))
+        self._inside = draft
+
+    def _returned(self) -> None:
+        draft, self._inside = self._inside, None
+        if draft is None:
+            return  # the outer half of a step that called super().step()
+        draft.ran = True
+        meter = self._meter
+        if meter is not None:
+            draft.drift_layout = meter.layout
+            self._protect("drift", lambda: draft.put("drift", meter.sums(detailed=draft.detailed)))
+        if self._gate is not None:
+            self._ask_gate(self._gate, draft)
+        if self._scaler is not None and self._scaler.is_enabled():
+            self._pending = draft
+        else:
+            self._finish(draft)
+
+    def _new_draft(self) -> tuple[Draft, list[Tensor | None]]:
+        groups = self._optimizer.param_groups
+        gradients = self._gradients()
+        draft = Draft(
+            step=self._steps,
+            optimizer=self.name,
+            names=self._names,
+            detailed=self._steps % self._settings.detail_every == 0,
+            learning_rates=[group["lr"] for group in groups if "lr" in group],
+            window=self._window,
+            with_gradient=[i for i, g in enumerate(gradients) if g is not None],
+        )
+        return draft, gradients
+
+    def _gradients(self) -> list[Tensor | None]:
+        gradients = [p.grad for p in self._parameters]
+        hidden = self._gate.hidden_gradients() if self._gate is not None else {}
+        if hidden:
+            pairs = zip(self._parameters, gradients, strict=True)
+            return [hidden.get(id(p)) if g is None else g for p, g in pairs]
+        return gradients
+
+    def _measure_gradients(self, draft: Draft, gradients: list[Tensor | None]) -> None:
+        present = [g for g in gradients if g is not None]
+        if not present:
+            return
+        norms = tensor_norms(present)
+        scale = getattr(self._optimizer, "grad_scale", None)  # fused: the step itself unscales
+        draft.put("norms", norms if scale is None else norms / scale.to(norms.device))
+        if draft.detailed:
+            draft.put("paths", path_flags(present))
+        if draft.detailed or self._alert_steps:
+            draft.put("counts", nonfinite_counts(present))
+            self._alert_steps = max(0, self._alert_steps - 1)
+
+    def _measure_averaged(self, draft: Draft) -> None:
+        pairs = [
+            (p, self._averaged[name])
+            for name, p in zip(self._names, self._parameters, strict=True)
+            if name in self._averaged
+        ]
+        draft.put("averaged", averaged_distance([p for p, _ in pairs], [a for _, a in pairs]))
+
+    def _ask_gate(self, gate: Gate, draft: Draft) -> None:
+        if gate.attempts > self._judged:
+            draft.decision = gate.last_decision if gate.veto_flag is None else None
+            draft.put("veto", gate.veto_flag)
+        self._judged = gate.attempts
+
+    # --- the scaler ----------------------------------------------------------------------------
+
+    def before_update(self) -> None:
+        """Read the scaler's verdict; a skipped step without a call of the optimizer is found here."""
+        if self._scaler is None:
+            return
+        reading = read_scaler(self._scaler, self._keys)
+        if self._pending is None and reading.stage == "stepped":
+            self._pending = self._skipped_without_call()
+        if self._pending is not None:
+            self._pending.put("found_inf", reading.found_inf)
+            self._pending.put("scale_before", reading.loss_scale)
+
+    def after_update(self) -> None:
+        """Finish the step that this update belongs to."""
+        if self._pending is not None and self._scaler is not None:
+            self._pending.put("scale_after", loss_scale(self._scaler))
+        self._finish_pending()
+
+    def _skipped_without_call(self) -> Draft:
+        self._refresh()
+        draft, gradients = self._new_draft()
+        self._alert_steps += 1  # the host knows that something is wrong: count exactly
+        self._protect("gradients", lambda: self._measure_gradients(draft, gradients))
+        return draft
+
+    def stepped_without_scaler(self) -> bool:
+        """Whether the optimizer stepped in this iteration and the scaler knows nothing of it."""
+        if self._pending is None or self._scaler is None:
+            return False
+        return read_scaler(self._scaler, self._keys).stage == "ready"
+
+    # --- finishing -----------------------------------------------------------------------------
+
+    def _finish_pending(self) -> None:
+        if self._pending is not None:
+            draft, self._pending = self._pending, None
+            self._finish(draft)
+
+    def _finish(self, draft: Draft) -> None:
+        now_s = time.perf_counter()
+        draft.wall_s = None if self._ended_s is None else now_s - self._ended_s
+        self._ended_s, draft.ended_unix_s = now_s, time.time()
+        self._count_backwards(draft)
+        self.commit()
+        self._open, self._window = draft, Window()
+        self._steps += 1
+
+    def _count_backwards(self, draft: Draft) -> None:
+        draft.micro_steps = self._backwards.count
+        if draft.micro_steps == 0 and draft.with_gradient:
+            # Gradients came, but not through the parameters listened to: listen to those they came to.
+            draft.micro_steps = None
+            self._backwards.listen([self._parameters[i] for i in draft.with_gradient])
+        self._backwards.reset()
+
+    def commit(self) -> None:
+        """Send the last finished draft on its way; no observation can join it any more."""
+        if self._open is not None:
+            draft, self._open = self._open, None
+            self._emit(self, draft)
+
+    # --- from the user -------------------------------------------------------------------------
+
+    def observe(self, key: str, value: Number) -> None:
+        """Add an observation to the step it belongs to: the last one, unless that has its share."""
+        last = self._pending or self._open
+        late = last is not None and self._backwards.count == 0
+        if late and last is not None and last.window.seen(key) < max(1, last.micro_steps or 1):
+            last.window.add(key, value)
+        else:
+            self._window.add(key, value)
+
+    def count_batch(self) -> None:
+        """Count one batch drawn from a loader."""
+        self._window.batches = (self._window.batches or 0) + 1
+
+    def alert(self) -> None:
+        """Count non-finite entries exactly for some steps."""
+        self._alert_steps = _ALERT_STEPS
+
+    def has_nonfinite(self) -> bool:
+        """Whether any parameter holds NaN or Inf now. Sync: one read."""
+        return bool(nonfinite_counts(self._parameters).any())
+
+    def step_was_taken(self) -> bool:
+        """Whether the last attempt updated the parameters. Sync: one read with a scaler or device gate."""
+        reading = None if self._scaler is None else read_scaler(self._scaler, self._keys)
+        if reading is not None and reading.stage == "stepped" and self._pending is None:
+            return False  # the scaler skipped it without calling the optimizer
+        draft = self._pending or self._open
+        if draft is None or not draft.ran or not draft.with_gradient:
+            return False
+        if draft.decision is not None and not draft.decision.allowed:
+            return False
+        flags = [draft.tensors[key] for key in ("found_inf", "veto") if key in draft.tensors]
+        if draft is self._pending and reading is not None and reading.found_inf is not None:
+            flags.append(reading.found_inf)
+        return not any(bool((flag != 0).any()) for flag in flags)
+
+    def finish(self) -> None:
+        """Finish and send whatever is under way."""
+        self._finish_pending()
+        self.commit()
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self._handles.close()
+        self._backwards.close()
+
+
+def _places(parameters: list[Tensor]) -> list[int]:
+    """Return where the values lie; wrappers without storage are known by identity."""
+    try:
+        return [p.data_ptr() for p in parameters]
+    except RuntimeError:
+        return [id(p) for p in parameters]

@@ -1,0 +1,69 @@
+"""What the user tells the guard about one optimizer step, averaged over its micro-steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Number = Tensor | float
+
+
+@dataclass(slots=True)
+class Mean:
+    """Mean of scalars that may still be on the device. Memory: one value."""
+
+    total: Number = 0.0
+    count: int = 0
+
+    def add(self, value: Number) -> None:
+        """Add one value; a tensor is copied, so that later writes to it do not matter. Sync: none."""
+        if isinstance(value, Tensor):
+            wide = torch.float32 if value.device.type == "mps" else torch.float64
+            value = value.detach().reshape(()).to(wide, copy=True)
+        if isinstance(value, Tensor) and isinstance(self.total, Tensor):
+            value = value.to(self.total.device, non_blocking=True)
+        self.total = value if self.count == 0 else self.total + value
+        self.count += 1
+
+    def value(self) -> Number:
+        """Return the mean of what was added. Sync: none."""
+        return self.total / self.count
+
+
+@dataclass(slots=True)
+class Window:
+    """Observations and counts between two attempts of one optimizer."""
+
+    means: dict[str, Mean] = field(default_factory=dict)
+    batches: int | None = None
+
+    def add(self, key: str, value: Number) -> None:
+        """Add one observation under ``key``."""
+        self.means.setdefault(key, Mean()).add(value)
+
+    def seen(self, key: str) -> int:
+        """Return how often ``key`` was observed."""
+        return self.means[key].count if key in self.means else 0
+
+
+def checked(key: str, value: object) -> Number:
+    """Return ``value`` if it is one number.
+
+    Raises:
+        TypeError: it is no number. ValueError: it is a tensor of several values.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(
+                f"guard.observe({key}=...): expected one real number, got a {value.dtype} tensor of "
+                f"shape {tuple(value.shape)}; reduce it first, for example with .mean()"
+            )
+        return value
+    if isinstance(value, (int, float)):
+        return float(value)
+    raise TypeError(
+        f"guard.observe({key}=...): expected a tensor of one value or a float, "
+        f"got {type(value).__name__}"
+    )

@@ -1,0 +1,76 @@
+"""Norms and counts of many tensors agree with slow independent computations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gradguard as gg
+
+KINDS = {
+    "float32": lambda g: torch.randn(5, 3, generator=g),
+    "float64": lambda g: torch.randn(4, generator=g, dtype=torch.float64),
+    "float16": lambda g: torch.randn(7, generator=g).half(),
+    "bfloat16": lambda g: torch.randn(7, generator=g).bfloat16(),
+    "complex64": lambda g: torch.randn(3, 2, generator=g, dtype=torch.complex64),
+    "conjugate": lambda g: torch.randn(3, generator=g, dtype=torch.complex64).conj(),
+    "float8": lambda g: torch.randn(6, generator=g).to(torch.float8_e4m3fn),
+    "scalar": lambda g: torch.randn((), generator=g),
+    "empty": lambda _: torch.zeros(0, 3),
+    "expanded": lambda g: torch.randn(1, generator=g).expand(4),
+    "transposed": lambda g: torch.randn(5, 3, generator=g).t(),
+    "sparse": lambda g: torch.randn(4, 4, generator=g).relu().to_sparse(),
+    "csr": lambda g: torch.randn(4, 4, generator=g).relu().to_sparse_csr(),
+}
+
+
+def as_numbers(tensor):
+    """Return all entries as a list of Python numbers, by the slowest route."""
+    dense = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    if dense.dtype in (torch.float8_e4m3fn,):
+        dense = dense.float()
+    return dense.resolve_conj().reshape(-1).tolist()
+
+
+@given(kinds=st.lists(st.sampled_from(sorted(KINDS)), max_size=6), seed=st.integers(0, 99))
+def test_norms_agree_with_python_arithmetic(kinds, seed):
+    """Every mixture of dtypes and layouts gives the norms that plain Python numbers give."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [KINDS[kind](generator) for kind in kinds]
+    expected = [math.hypot(*(abs(x) for x in as_numbers(t))) for t in tensors]
+    assert gg.tensor_norms(tensors).tolist() == pytest.approx(expected, rel=1e-5)
+    assert float(gg.global_norm(tensors)) == pytest.approx(math.hypot(*expected), rel=1e-5)
+
+
+def test_half_precision_norms_do_not_overflow():
+    """600,000 entries of 100 in fp16 have norm 77,460, beyond what fp16 can hold."""
+    norm = gg.tensor_norms([torch.full((600_000,), 100.0, dtype=torch.float16)])
+    assert norm.tolist() == pytest.approx([100 * math.sqrt(600_000)], rel=1e-3)
+
+
+def test_nonfinite_counts_are_exact_for_every_kind():
+    """NaN and Inf are counted by entry, complex numbers by component."""
+    tensors = [
+        torch.tensor([math.nan, math.inf, -math.inf, 1.0]),
+        torch.tensor([complex(math.nan, math.inf), 1 + 1j]),
+        torch.tensor([math.nan, 1.0]).to(torch.float8_e4m3fn),
+        torch.tensor([[0.0, math.nan], [math.inf, 0.0]]).to_sparse(),
+        torch.ones(2, dtype=torch.float64),
+    ]
+    assert gg.nonfinite_counts(tensors).tolist() == [[1, 1, 1, 1, 0], [2, 1, 0, 1, 0]]
+    assert gg.nonfinite_counts([]).shape == (2, 0)
+
+
+def test_nothing_is_written():
+    """Reading norms and counts leaves every version counter and every sparse layout alone."""
+    dense = torch.randn(3)
+    sparse = torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (2,))
+    versions = dense._version, sparse._version
+    gg.tensor_norms([dense, sparse])
+    gg.nonfinite_counts([dense, sparse])
+    assert (dense._version, sparse._version) == versions
+    assert not sparse.is_coalesced()
