@@ -2,9 +2,11 @@
 
 from gradguard.drift import DriftMeter, DriftReport, averaged_lag
 from gradguard.findings import Finding, Severity
-from gradguard.guard import Guard, watch
+from gradguard.gate import StepGate
+from gradguard.guard import Guard
 from gradguard.norms import global_norm, nonfinite_counts, tensor_norms
 from gradguard.paths import Reachability, gradient_readings, reachable_parameters
+from gradguard.policies import AnySignal, Finite, LossSpike, NormSpike, Policy
 from gradguard.records import (
     OUTCOME_TABLE,
     Drift,
@@ -18,37 +20,61 @@ from gradguard.records import (
 )
 from gradguard.rundir import Run, RunDirectory, RunDirectoryError, read_run
 from gradguard.runlog import RunLog, RunLogError
+from gradguard.sanitize import (
+    SanitizedGradient,
+    SanitizeReport,
+    persistent_nan,
+    sanitize_gradients_,
+)
 from gradguard.scaler import scaler_stage, scaler_state
+from gradguard.verdicts import GateCeilingError, GateCounts
+from gradguard.views.terminal import LiveView, outcome_line, summary_table
+from gradguard.watching import watch
 
 __all__ = [
     "OUTCOME_TABLE",
+    "AnySignal",
     "Drift",
     "DriftMeter",
     "DriftReport",
     "Finding",
+    "Finite",
+    "GateCeilingError",
+    "GateCounts",
     "GateDecision",
     "Guard",
+    "LiveView",
+    "LossSpike",
+    "NormSpike",
     "ParameterReading",
     "PathReading",
     "PathState",
+    "Policy",
     "Reachability",
     "Run",
     "RunDirectory",
     "RunDirectoryError",
     "RunLog",
     "RunLogError",
+    "SanitizeReport",
+    "SanitizedGradient",
     "ScalerState",
     "Severity",
+    "StepGate",
     "StepOutcome",
     "StepRecord",
     "averaged_lag",
     "global_norm",
     "gradient_readings",
     "nonfinite_counts",
+    "outcome_line",
+    "persistent_nan",
     "reachable_parameters",
     "read_run",
+    "sanitize_gradients_",
     "scaler_stage",
     "scaler_state",
+    "summary_table",
     "tensor_norms",
     "watch",
 ]

@@ -17,120 +17,16 @@ from torch import Tensor
 
 from gradguard.norms import dense_values
 from gradguard.records import Drift
+from gradguard.sampling import (
+    SAMPLE_BUDGET,
+    SAMPLES_PER_TENSOR,
+    ParameterSample,
+    sample_quota,
+    strided_view,
+    wide_dtype,
+)
 
-SAMPLES_PER_TENSOR = 1024
-SAMPLE_BUDGET = 65_536
-_TABLE_MIN_ROWS = 1024
-_TABLE_ROWS, _TABLE_COLUMNS = 8, 16
 _FIELDS = 4  # update^2, its sampling variance, moved, weight^2
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """How the samples lie: how many per parameter, and how many values each one stands for."""
-
-    sizes: tuple[int, ...]
-    weights: Tensor
-
-
-class ParameterSample:
-    """Fixed positions in a list of parameters, read with one concatenation.
-
-    Large tables (1,024 rows and more) get a few extra positions where the gradient is largest: an
-    embedding that updates a handful of rows would otherwise look as if it stood still.
-
-    Memory: the sampled values (at most ``per_tensor`` a tensor and about ``budget`` in all).
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], *, per_tensor: int, budget: int) -> None:
-        self._parameters = tuple(parameters)
-        quota = max(16, min(per_tensor, budget // max(1, len(self._parameters))))
-        self._views = [_strided_view(p, quota) for p in self._parameters]
-        self._tables = [i for i, p in enumerate(self._parameters) if _is_table(p, quota)]
-        self._rows: dict[int, Tensor] = {}
-        self._layouts: dict[tuple[tuple[int, int], ...], _Layout] = {}
-        self.counts = [view.numel() for view in self._views]
-        self.totals = [dense_values(p).numel() for p in self._parameters]
-
-    def aim(self, gradients: Sequence[Tensor | None]) -> None:
-        """Choose the extra positions of large tables from their gradients. Sync: none."""
-        self._rows = {}
-        for index in self._tables:
-            rows = _largest_rows(gradients[index])
-            if rows is not None:
-                self._rows[index] = rows
-
-    def take(self) -> Tensor:
-        """Return a copy of the sampled values, 1-D. Sync: none."""
-        if not self._rows:
-            return torch.cat(self._views)
-        pieces: list[Tensor] = []
-        for index, view in enumerate(self._views):
-            pieces.append(view)
-            if index in self._rows:
-                pieces.append(_table_rows(self._parameters[index], self._rows[index]))
-        return torch.cat(pieces)
-
-    def layout(self) -> _Layout:
-        """Return the layout of what :meth:`take` returns now. Sync: none."""
-        key = tuple((index, len(rows)) for index, rows in self._rows.items())
-        if key not in self._layouts:
-            self._layouts = {key: self._new_layout()}
-        return self._layouts[key]
-
-    def _new_layout(self) -> _Layout:
-        device = self._views[0].device
-        wide = _wide_dtype(device)
-        sizes, runs = [], []
-        for index, count in enumerate(self.counts):
-            weight = self.totals[index] / max(1, count)
-            runs.append(torch.full((count,), weight, dtype=wide))
-            extra = 0
-            if index in self._rows:
-                columns = min(_TABLE_COLUMNS, self._parameters[index][0].numel())
-                extra = len(self._rows[index]) * columns
-                runs.append(torch.ones(extra, dtype=wide))
-            sizes.append(count + extra)
-        return _Layout(tuple(sizes), torch.cat(runs).to(device, non_blocking=True))
-
-
-def _strided_view(parameter: Tensor, quota: int) -> Tensor:
-    """Return a 1-D view of at most ``quota`` values, evenly spaced in memory, without copying."""
-    values = dense_values(parameter)
-    order = sorted(range(values.dim()), key=values.stride, reverse=True)
-    packed = values.permute(order)
-    if packed.is_contiguous():
-        step = max(1, math.ceil(packed.numel() / quota))
-        return packed.view(-1)[::step]
-    # Holes or overlaps in memory: one row is the most that has a single stride.
-    return values[(0,) * (values.dim() - 1)][:quota]
-
-
-def _is_table(parameter: Tensor, quota: int) -> bool:
-    return (
-        parameter.dim() >= 2
-        and parameter.shape[0] >= _TABLE_MIN_ROWS
-        and parameter.numel() > quota
-        and not parameter.is_complex()
-        and type(parameter.data) is Tensor
-    )
-
-
-def _largest_rows(gradient: Tensor | None) -> Tensor | None:
-    """Return indices of rows with a large gradient; None without one. Sync: none."""
-    if gradient is None or gradient.numel() == 0:
-        return None
-    if gradient.layout is torch.sparse_coo:
-        rows = gradient._indices()[0, :_TABLE_ROWS]  # noqa: SLF001 (indices() would coalesce)
-        return rows.clone() if len(rows) else None
-    if gradient.layout is not torch.strided:
-        return None
-    return gradient.detach().flatten(1)[:, 0].abs().topk(_TABLE_ROWS).indices
-
-
-def _table_rows(parameter: Tensor, rows: Tensor) -> Tensor:
-    columns = parameter.detach().flatten(1)[:, :_TABLE_COLUMNS]
-    return columns.index_select(0, rows).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,29 +163,31 @@ class DriftMeter:
         after = self._sample.take()
         layout = self._sample.layout()
         sizes = list(layout.sizes) if detailed else _merged(layout.sizes, self._group_sizes)
-        rows = _products(before, after, layout.weights)
-        return torch.cat([piece.sum(dim=1) for piece in torch.split(rows, sizes, dim=1)])
+        wide = layout.weights.dtype
+        runs = (before.to(wide), after.to(wide), (before != after).to(wide), layout.weights)
+        pieces = zip(*(torch.split(run, sizes) for run in runs), strict=True)
+        return torch.stack([value for piece in pieces for value in _sampled_sums(*piece)])
 
 
-def _wide_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _products(before: Tensor, after: Tensor, weights: Tensor) -> Tensor:
-    """Return the summands, shape ``(4, n)``: update^2, its sampling variance, moved, weight^2.
+def _sampled_sums(
+    before: Tensor, after: Tensor, moved: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return update^2, its sampling variance, values moved, weight^2, all 0-dim.
 
     The variance is Horvitz-Thompson's with the second moment in place of the variance: an upper bound.
     """
-    start, end = before.to(weights.dtype), after.to(weights.dtype)
-    square = (end - start).square_()
-    update = weights * square
-    return torch.stack(
-        (update, (weights - 1) * update * square, weights * (before != after), weights * start**2)
+    square = (after - before).square_()
+    weighted = weights * square
+    return (
+        weighted.sum(),
+        torch.dot(weighted - square, weighted),
+        torch.dot(weights, moved),
+        torch.dot(weights * before, before),
     )
 
 
 def _exact_sums(before: Tensor, after: Tensor) -> Tensor:
-    wide = _wide_dtype(before.device)
+    wide = wide_dtype(before.device)
     update = torch.linalg.vector_norm(after.to(wide) - before.to(wide)) ** 2
     weight = torch.linalg.vector_norm(before, dtype=wide) ** 2
     moved = (before != after).sum().to(wide)
@@ -325,7 +223,7 @@ def averaged_distance(live: Sequence[Tensor], averaged: Sequence[Tensor]) -> Ten
 
     Sync: none.
     """
-    quota = max(16, min(SAMPLES_PER_TENSOR, SAMPLE_BUDGET // max(1, len(live))))
+    quota = sample_quota(len(live))
     with torch.no_grad():
         rows = [_distance(*_alike(a, b), quota) for a, b in zip(live, averaged, strict=True)]
         return torch.stack(rows).sum(0)
@@ -339,9 +237,9 @@ def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _distance(live: Tensor, averaged: Tensor, quota: int) -> Tensor:
-    wide = _wide_dtype(live.device)
-    start = _strided_view(live, quota).to(wide)
-    end = _strided_view(averaged, quota).to(start.device, wide, non_blocking=True)
+    wide = wide_dtype(live.device)
+    start = strided_view(live, quota).to(wide)
+    end = strided_view(averaged, quota).to(start.device, wide, non_blocking=True)
     weight = dense_values(live).numel() / max(1, start.numel())
     return weight * torch.stack(((end - start).square().sum(), start.square().sum()))
 

@@ -6,12 +6,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
 import torch
-from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from gradguard.deferred import DeferredRows
@@ -25,9 +23,9 @@ from gradguard.findings import (
 )
 from gradguard.records import StepRecord
 from gradguard.rundir import RunDirectory, RunDirectoryError
-from gradguard.runlog import RunLog
-from gradguard.scaler import UpdateWatch, check_scaler, innermost_optimizer
-from gradguard.stepwatch import Gate, OptimizerWatch, WatchSettings
+from gradguard.runlog import RunLog, RunLogError
+from gradguard.scaler import UpdateWatch
+from gradguard.stepwatch import OptimizerWatch
 from gradguard.window import Number, checked
 
 Batch = TypeVar("Batch")
@@ -37,7 +35,7 @@ _MAX_AGE_S = 1.0
 
 
 class Guard:
-    """Everything that is attached to one training loop; made by :func:`watch`.
+    """Everything that is attached to one training loop; made by :func:`gradguard.watch`.
 
     Attributes:
         log: the records that have arrived so far, and the findings.
@@ -152,7 +150,7 @@ class Guard:
             self._update_watch = None
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
-            recorder.close()
+            self._recording(recorder.close)
 
     def __enter__(self) -> Self:
         return self
@@ -220,11 +218,15 @@ class Guard:
             self._protect(f"listener {index}", partial(listener, record))
 
     def _write(self, entry: StepRecord | Finding) -> None:
-        if self._recorder is None:
-            return
+        recorder = self._recorder
+        if recorder is not None:
+            self._recording(lambda: recorder.write(entry))
+
+    def _recording(self, work: Callable[[], None]) -> None:
+        """Write to the run directory; a full disk stops the recording and nothing else."""
         try:
-            self._recorder.write(entry)
-        except RunDirectoryError as error:
+            work()
+        except (RunDirectoryError, RunLogError) as error:
             self._recorder = None
             self._add(Finding(code=RECORDING_FAULT, severity=Severity.ERROR, message=str(error)))
 
@@ -253,8 +255,7 @@ class Guard:
         started_s = time.perf_counter()
         self._depth += 1
         try:
-            with torch.no_grad():
-                work()
+            work()
         except Exception as error:  # the boundary: becomes a finding, or is raised
             if self._strict:
                 raise
@@ -275,120 +276,3 @@ class Guard:
                 detail="".join(traceback.format_exception(error)),
             )
         )
-
-
-def watch(
-    model: nn.Module,
-    optimizer: object,
-    *,
-    scaler: GradScaler | None = None,
-    gate: Gate | Mapping[str, Gate] | None = None,
-    averaged: nn.Module | Mapping[str, Tensor] | None = None,
-    run: str | Path | RunDirectory | None = None,
-    drift: str = "sampled",
-    detail_every: int = 50,
-    lag: int = 8,
-    wrap_update: bool = True,
-    strict: bool = False,
-) -> Guard:
-    """Watch every optimizer step of a training loop; leave the block or call ``detach()`` to stop.
-
-    ::
-
-        with gg.watch(model, optimizer, scaler=scaler) as guard:
-            ...  # the training loop, unchanged
-
-    Args:
-        model: gives the parameters their names; it is not kept.
-        optimizer: the optimizer, or a mapping from name to optimizer.
-        scaler: the ``GradScaler`` whose ``step`` and ``update`` the loop calls.
-        gate: the ``StepGate`` of the optimizer, or a mapping from optimizer name to gate.
-        averaged: averaged copy of the model (EMA, SWA) whose lag is read on detailed steps: a module
-            or a mapping from parameter name to tensor.
-        run: a new directory to record to, or an open ``RunDirectory``; the guard closes it.
-        drift: ``"sampled"``, ``"exact"`` (one transient copy of the weights) or ``"off"``.
-        detail_every: steps between steps that are measured per parameter.
-        lag: how many steps late records may arrive; a killed process loses at most these.
-        wrap_update: False to leave ``GradScaler.update`` alone and call ``before_update`` and
-            ``after_update`` around it yourself.
-        strict: raise faults of the guard instead of recording them (for tests).
-
-    Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: nothing to train, an optimizer that holds none of the model's parameters, or a
-            number out of range.
-
-    Sync: none per step. Memory: about 130,000 sampled values.
-    """
-    optimizers = _named_optimizers(optimizer)
-    _check_numbers(drift=drift, detail_every=detail_every, lag=lag)
-    names = _parameter_names(model, optimizers)
-    gates = gate if isinstance(gate, Mapping) else dict.fromkeys(optimizers, gate)
-    if scaler is not None:
-        check_scaler(scaler)
-    guard = Guard(lag=lag, strict=strict)
-    if run is not None:
-        directory = run if isinstance(run, RunDirectory) else RunDirectory.create(run)
-        guard.record_to(directory)
-    for name, one in optimizers.items():
-        guard.add_watch(
-            OptimizerWatch(
-                name,
-                one,
-                parameter_names=names,
-                settings=WatchSettings(detail_every=detail_every, drift=drift),
-                scaler=scaler,
-                gate=gates.get(name),
-                averaged=_averaged_by_name(averaged),
-                protect=guard.protect,
-                emit=guard.emit,
-            )
-        )
-    if scaler is not None and scaler.is_enabled() and wrap_update:
-        guard.follow_updates(scaler)
-    return guard
-
-
-def _named_optimizers(optimizer: object) -> dict[str, object]:
-    named = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
-    if not named:
-        raise ValueError("watch() got an empty mapping of optimizers; pass at least one")
-    for one in named.values():
-        innermost_optimizer(one)
-    return named
-
-
-def _check_numbers(*, drift: str, detail_every: int, lag: int) -> None:
-    if drift not in ("sampled", "exact", "off"):
-        raise ValueError(f"watch(drift={drift!r}): expected 'sampled', 'exact' or 'off'")
-    for name, value in (("detail_every", detail_every), ("lag", lag)):
-        if value < 1:
-            raise ValueError(f"watch({name}={value}): expected a number of steps, at least 1")
-
-
-def _parameter_names(model: nn.Module, optimizers: Mapping[str, object]) -> dict[int, str]:
-    """Return names by id, after checking that model and optimizers have something to do together."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            f"watch(): the model {type(model).__name__} has no trainable parameter "
-            f"({len(names)} parameters, none with requires_grad=True); there is nothing to watch"
-        )
-    for name, one in optimizers.items():
-        held = [p for g in innermost_optimizer(one).param_groups for p in g["params"]]
-        if not any(id(p) in names for p in held):
-            raise ValueError(
-                f"watch(): optimizer {name!r} holds {len(held)} parameters and none of them belongs "
-                f"to the model {type(model).__name__}; was the model copied, converted or replaced "
-                "after the optimizer was made? Make the optimizer from model.parameters() again"
-            )
-    return names
-
-
-def _averaged_by_name(averaged: nn.Module | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    if averaged is None:
-        return {}
-    if isinstance(averaged, Mapping):
-        return dict(averaged)
-    # torch's AveragedModel keeps the copy under "module."
-    return {n.removeprefix("module."): p.detach() for n, p in averaged.named_parameters()}

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_FOREACH_DTYPES = {
+    torch.float32: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float64: torch.float64,
+}
+"""In which dtype the fast path accumulates, by the dtype of the first tensor."""
+
 _FLOAT8 = frozenset(
     {
         torch.float8_e4m3fn,
@@ -56,15 +63,16 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(0)
-    kinds = {(t.dtype, t.layout, t.device, type(t)) for t in tensors}
-    dtypes = {kind[0] for kind in kinds}
-    one_place = len({kind[2] for kind in kinds}) == 1
-    plain = all(kind[1] is torch.strided and kind[3] is Tensor for kind in kinds)
+    first = tensors[0]
     with torch.no_grad():
-        if plain and one_place and dtypes <= _NARROW:
-            return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
-        if plain and one_place and dtypes == {torch.float64}:
-            return torch.stack(torch._foreach_norm(list(tensors), 2))
+        if type(first) is Tensor and first.dtype in _FOREACH_DTYPES:
+            try:
+                norms = torch._foreach_norm(list(tensors), 2, dtype=_FOREACH_DTYPES[first.dtype])
+                return torch.stack(norms)
+            except (NotImplementedError, RuntimeError):
+                # A mixture: sparse or distributed tensors, several devices, float64 among float32.
+                # Asking every tensor first would cost as much as the norms of small ones.
+                return _norms_one_by_one(tensors)
         return _norms_one_by_one(tensors)
 
 

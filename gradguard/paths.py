@@ -134,13 +134,18 @@ def path_states(gradients: Mapping[str, Tensor]) -> dict[str, PathState]:
 def path_flags(gradients: list[Tensor]) -> Tensor:
     """Return 0 (exactly zero), 1 (live) or 2 (non-finite) per gradient, int64. Sync: none."""
     with torch.no_grad():
-        flags = []
-        for gradient in gradients:
-            values = dense_values(gradient)
-            live = (values != 0).any().to(torch.int64)
-            broken = values.isfinite().all().logical_not().to(torch.int64)
-            flags.append(torch.maximum(live, 2 * broken).to(gradients[0].device, non_blocking=True))
-        return torch.stack(flags)
+        home = gradients[0].device
+        return torch.stack([_path_flag(g).to(home, non_blocking=True) for g in gradients])
+
+
+def _path_flag(gradient: Tensor) -> Tensor:
+    values = dense_values(gradient)
+    if values.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=values.device)
+    low, high = values.aminmax()  # one pass; NaN anywhere makes both NaN
+    live = (low != 0) | (high != 0)
+    finite = low.isfinite() & high.isfinite()
+    return torch.where(finite, live.to(torch.int64), 2)
 
 
 def state_of_flag(flag: float) -> PathState:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 
 SCHEMA_VERSION = 1
 """Version of the layout of :class:`StepRecord` on disk; it grows when a field changes its meaning."""
@@ -233,7 +232,7 @@ class StepRecord:
     batches: int | None = None
     loss: float | None = None
     reported_loss: float | None = None
-    terms: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    terms: Mapping[str, float] = field(default_factory=dict)
     loss_scale_before: float | None = None
     loss_scale_after: float | None = None
     found_inf: float | None = None

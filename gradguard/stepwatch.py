@@ -218,7 +218,7 @@ class OptimizerWatch:
         draft.put("norms", norms if scale is None else norms / scale.to(norms.device))
         if draft.detailed:
             draft.put("paths", path_flags(present))
-        if draft.detailed or self._alert_steps:
+        if self._alert_steps:
             draft.put("counts", nonfinite_counts(present))
             self._alert_steps = max(0, self._alert_steps - 1)
 

@@ -1,0 +1,137 @@
+"""Fixed positions in many parameters, read with one concatenation and without a random generator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradguard.norms import dense_values
+
+SAMPLES_PER_TENSOR = 1024
+SAMPLE_BUDGET = 32_768
+_TABLE_MIN_ROWS = 1024
+_TABLE_ROWS, _TABLE_COLUMNS = 8, 16
+
+
+def sample_quota(
+    tensors: int, *, per_tensor: int = SAMPLES_PER_TENSOR, budget: int = SAMPLE_BUDGET
+) -> int:
+    """Return how many values to look at in each of ``tensors`` tensors."""
+    return max(16, min(per_tensor, budget // max(1, tensors)))
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest floating dtype of a device: float64, except on Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLayout:
+    """How the samples lie: how many per parameter, and how many values each one stands for."""
+
+    sizes: tuple[int, ...]
+    weights: Tensor
+
+
+class ParameterSample:
+    """Fixed positions in a list of parameters, read with one concatenation.
+
+    Large tables (1,024 rows and more) get a few extra positions where the gradient is largest: an
+    embedding that updates a handful of rows would otherwise look as if it stood still.
+
+    Memory: the sampled values (at most ``per_tensor`` a tensor and about ``budget`` in all).
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, per_tensor: int, budget: int) -> None:
+        self._parameters = tuple(parameters)
+        quota = sample_quota(len(self._parameters), per_tensor=per_tensor, budget=budget)
+        self._views = [strided_view(p, quota) for p in self._parameters]
+        self._tables = [i for i, p in enumerate(self._parameters) if _is_table(p, quota)]
+        self._rows: dict[int, Tensor] = {}
+        self._layouts: dict[tuple[tuple[int, int], ...], SampleLayout] = {}
+        self.counts = [view.numel() for view in self._views]
+        self.totals = [dense_values(p).numel() for p in self._parameters]
+
+    def aim(self, gradients: Sequence[Tensor | None]) -> None:
+        """Choose the extra positions of large tables from their gradients. Sync: none."""
+        self._rows = {}
+        for index in self._tables:
+            rows = _largest_rows(gradients[index])
+            if rows is not None:
+                self._rows[index] = rows
+
+    def take(self) -> Tensor:
+        """Return a copy of the sampled values, 1-D. Sync: none."""
+        if not self._rows:
+            return torch.cat(self._views)
+        pieces: list[Tensor] = []
+        for index, view in enumerate(self._views):
+            pieces.append(view)
+            if index in self._rows:
+                pieces.append(_table_rows(self._parameters[index], self._rows[index]))
+        return torch.cat(pieces)
+
+    def layout(self) -> SampleLayout:
+        """Return the layout of what :meth:`take` returns now. Sync: none."""
+        key = tuple((index, len(rows)) for index, rows in self._rows.items())
+        if key not in self._layouts:
+            self._layouts = {key: self._new_layout()}
+        return self._layouts[key]
+
+    def _new_layout(self) -> SampleLayout:
+        device = self._views[0].device
+        wide = wide_dtype(device)
+        sizes, runs = [], []
+        for index, count in enumerate(self.counts):
+            weight = self.totals[index] / max(1, count)
+            runs.append(torch.full((count,), weight, dtype=wide))
+            extra = 0
+            if index in self._rows:
+                columns = min(_TABLE_COLUMNS, self._parameters[index][0].numel())
+                extra = len(self._rows[index]) * columns
+                runs.append(torch.ones(extra, dtype=wide))
+            sizes.append(count + extra)
+        return SampleLayout(tuple(sizes), torch.cat(runs).to(device, non_blocking=True))
+
+
+def strided_view(parameter: Tensor, quota: int) -> Tensor:
+    """Return a 1-D view of at most ``quota`` values, evenly spaced in memory, without copying."""
+    values = dense_values(parameter)
+    order = sorted(range(values.dim()), key=values.stride, reverse=True)
+    packed = values.permute(order)
+    if packed.is_contiguous():
+        step = max(1, math.ceil(packed.numel() / quota))
+        return packed.view(-1)[::step]
+    # Holes or overlaps in memory: one row is the most that has a single stride.
+    return values[(0,) * (values.dim() - 1)][:quota]
+
+
+def _is_table(parameter: Tensor, quota: int) -> bool:
+    return (
+        parameter.dim() >= 2
+        and parameter.shape[0] >= _TABLE_MIN_ROWS
+        and parameter.numel() > quota
+        and not parameter.is_complex()
+        and type(parameter.data) is Tensor
+    )
+
+
+def _largest_rows(gradient: Tensor | None) -> Tensor | None:
+    """Return indices of rows with a large gradient; None without one. Sync: none."""
+    if gradient is None or gradient.numel() == 0:
+        return None
+    if gradient.layout is torch.sparse_coo:
+        rows = gradient._indices()[0, :_TABLE_ROWS]  # noqa: SLF001 (indices() would coalesce)
+        return rows.clone() if len(rows) else None
+    if gradient.layout is not torch.strided:
+        return None
+    return gradient.detach().flatten(1)[:, 0].abs().topk(_TABLE_ROWS).indices
+
+
+def _table_rows(parameter: Tensor, rows: Tensor) -> Tensor:
+    columns = parameter.detach().flatten(1)[:, :_TABLE_COLUMNS]
+    return columns.index_select(0, rows).reshape(-1)

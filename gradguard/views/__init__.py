@@ -1,0 +1,1 @@
+"""Ways to look at a run: each turns records into something a person reads."""

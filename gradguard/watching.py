@@ -1,0 +1,131 @@
+"""``watch``: checks what it is given and attaches a guard to a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from gradguard.guard import Guard
+from gradguard.rundir import RunDirectory
+from gradguard.scaler import check_scaler, innermost_optimizer
+from gradguard.stepwatch import Gate, OptimizerWatch, WatchSettings
+
+
+def watch(
+    model: nn.Module,
+    optimizer: object,
+    *,
+    scaler: GradScaler | None = None,
+    gate: Gate | Mapping[str, Gate] | None = None,
+    averaged: nn.Module | Mapping[str, Tensor] | None = None,
+    run: str | Path | RunDirectory | None = None,
+    drift: str = "sampled",
+    detail_every: int = 50,
+    lag: int = 8,
+    wrap_update: bool = True,
+    strict: bool = False,
+) -> Guard:
+    """Watch every optimizer step of a training loop; leave the block or call ``detach()`` to stop.
+
+    ::
+
+        with gg.watch(model, optimizer, scaler=scaler) as guard:
+            ...  # the training loop, unchanged
+
+    Args:
+        model: gives the parameters their names; it is not kept.
+        optimizer: the optimizer, or a mapping from name to optimizer.
+        scaler: the ``GradScaler`` whose ``step`` and ``update`` the loop calls.
+        gate: the ``StepGate`` of the optimizer, or a mapping from optimizer name to gate.
+        averaged: averaged copy of the model (EMA, SWA) whose lag is read on detailed steps: a module
+            or a mapping from parameter name to tensor.
+        run: a new directory to record to, or an open ``RunDirectory``; the guard closes it.
+        drift: ``"sampled"``, ``"exact"`` (one transient copy of the weights) or ``"off"``.
+        detail_every: steps between steps that are measured per parameter.
+        lag: how many steps late records may arrive; a killed process loses at most these.
+        wrap_update: False to leave ``GradScaler.update`` alone and call ``before_update`` and
+            ``after_update`` around it yourself.
+        strict: raise faults of the guard instead of recording them (for tests).
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: nothing to train, an optimizer that holds none of the model's parameters, or a
+            number out of range.
+
+    Sync: none per step. Memory: about 130,000 sampled values.
+    """
+    optimizers = _named_optimizers(optimizer)
+    _check_numbers(drift=drift, detail_every=detail_every, lag=lag)
+    names = _parameter_names(model, optimizers)
+    gates = gate if isinstance(gate, Mapping) else dict.fromkeys(optimizers, gate)
+    if scaler is not None:
+        check_scaler(scaler)
+    guard = Guard(lag=lag, strict=strict)
+    if run is not None:
+        directory = run if isinstance(run, RunDirectory) else RunDirectory.create(run)
+        guard.record_to(directory)
+    for name, one in optimizers.items():
+        guard.add_watch(
+            OptimizerWatch(
+                name,
+                one,
+                parameter_names=names,
+                settings=WatchSettings(detail_every=detail_every, drift=drift),
+                scaler=scaler,
+                gate=gates.get(name),
+                averaged=_averaged_by_name(averaged),
+                protect=guard.protect,
+                emit=guard.emit,
+            )
+        )
+    if scaler is not None and scaler.is_enabled() and wrap_update:
+        guard.follow_updates(scaler)
+    return guard
+
+
+def _named_optimizers(optimizer: object) -> dict[str, object]:
+    named = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
+    if not named:
+        raise ValueError("watch() got an empty mapping of optimizers; pass at least one")
+    for one in named.values():
+        innermost_optimizer(one)
+    return named
+
+
+def _check_numbers(*, drift: str, detail_every: int, lag: int) -> None:
+    if drift not in ("sampled", "exact", "off"):
+        raise ValueError(f"watch(drift={drift!r}): expected 'sampled', 'exact' or 'off'")
+    for name, value in (("detail_every", detail_every), ("lag", lag)):
+        if value < 1:
+            raise ValueError(f"watch({name}={value}): expected a number of steps, at least 1")
+
+
+def _parameter_names(model: nn.Module, optimizers: Mapping[str, object]) -> dict[int, str]:
+    """Return names by id, after checking that model and optimizers have something to do together."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"watch(): the model {type(model).__name__} has no trainable parameter "
+            f"({len(names)} parameters, none with requires_grad=True); there is nothing to watch"
+        )
+    for name, one in optimizers.items():
+        held = [p for g in innermost_optimizer(one).param_groups for p in g["params"]]
+        if not any(id(p) in names for p in held):
+            raise ValueError(
+                f"watch(): optimizer {name!r} holds {len(held)} parameters and none of them belongs "
+                f"to the model {type(model).__name__}; was the model copied, converted or replaced "
+                "after the optimizer was made? Make the optimizer from model.parameters() again"
+            )
+    return names
+
+
+def _averaged_by_name(averaged: nn.Module | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    if averaged is None:
+        return {}
+    if isinstance(averaged, Mapping):
+        return dict(averaged)
+    # torch's AveragedModel keeps the copy under "module."
+    return {n.removeprefix("module."): p.detach() for n, p in averaged.named_parameters()}
