@@ -32,7 +32,7 @@ class Draft:
         names: names of the optimizer's parameters, in its order.
         with_gradient: positions in ``names`` of the parameters that had a gradient.
         ran: whether the optimizer's ``step`` was entered and returned.
-        decision: the gate's verdict, where it is known on the host.
+        decision_of: asks the gate for its verdict on this step; None while it is on the device.
         tensors: 1-D device values by field.
     """
 
@@ -44,7 +44,7 @@ class Draft:
     window: Window
     with_gradient: list[int] = field(default_factory=list)
     ran: bool = False
-    decision: GateDecision | None = None
+    decision_of: Callable[[], GateDecision | None] = lambda: None
     drift_layout: DriftLayout | None = None
     micro_steps: int | None = None
     wall_s: float | None = None
@@ -98,13 +98,7 @@ class Draft:
         report = self._drift(found)
         decision = self._verdict(found)
         nan_count, inf_count = self._counts(found, all_finite=bool(norms) and not broken)
-        evidence = StepEvidence(
-            found_inf=_one(found, "found_inf"),
-            vetoed=decision is not None and not decision.allowed,
-            had_gradient=bool(self.with_gradient),
-            wrote_nonfinite=self._wrote_nonfinite(report, bool(broken), decision, has_nonfinite),
-            moved_fraction=None if report is None else report.overall.moved_fraction,
-        )
+        evidence = self._evidence(found, report, decision, has_nonfinite if broken else None)
         return StepRecord(
             step=self.step,
             optimizer=self.optimizer,
@@ -144,10 +138,12 @@ class Draft:
         return self.drift_layout.report(sums, detailed=self.detailed)
 
     def _verdict(self, found: Values) -> GateDecision | None:
-        flag = _one(found, "veto")
-        if self.decision is None and flag:
-            return GateDecision(allowed=False, reason="vetoed on the device")
-        return self.decision
+        decision = self.decision_of()
+        if decision is None and _one(found, "veto"):
+            return GateDecision(
+                allowed=False, reason="vetoed on the device; the gate has the reason"
+            )
+        return decision
 
     def _counts(self, found: Values, *, all_finite: bool) -> tuple[int | None, int | None]:
         counts = found.get("counts")
@@ -156,18 +152,26 @@ class Draft:
             return int(sum(counts[:half])), int(sum(counts[half:]))
         return (0, 0) if all_finite else (None, None)
 
-    def _wrote_nonfinite(
+    def _evidence(
         self,
+        found: Values,
         report: DriftReport | None,
-        gradient_broken: bool,
         decision: GateDecision | None,
-        has_nonfinite: Callable[[], bool],
-    ) -> bool | None:
-        if not self.ran or (decision is not None and not decision.allowed):
-            return None
-        if report is not None and not _finite(report.overall.update_norm):
-            return True
-        return has_nonfinite() if gradient_broken else False
+        has_nonfinite: Callable[[], bool] | None,
+    ) -> StepEvidence:
+        found_inf = _one(found, "found_inf")
+        vetoed = decision is not None and not decision.allowed
+        wrote_nonfinite: bool | None = None
+        if self.ran and not vetoed and not found_inf:
+            sample_is_broken = report is not None and not _finite(report.overall.update_norm)
+            wrote_nonfinite = sample_is_broken or (has_nonfinite is not None and has_nonfinite())
+        return StepEvidence(
+            found_inf=found_inf,
+            vetoed=vetoed,
+            had_gradient=bool(self.with_gradient),
+            wrote_nonfinite=wrote_nonfinite,
+            moved_fraction=None if report is None else report.overall.moved_fraction,
+        )
 
     def _mean(self, key: str, found: Values) -> float | None:
         if key not in self.window.means:

@@ -58,6 +58,8 @@ class StepGate:
     Raises:
         TypeError: no optimizer, an LBFGS optimizer, or something else than policies.
         ValueError: an option out of range, or the device back end for an optimizer that is not fused.
+        GateCeilingError: from ``optimizer.step()``, with gradients and weights as they were before it.
+        RuntimeError: from ``optimizer.step(closure)``, which no gate can judge.
 
     Sync: one host read per step for *hide* (two on a step with a non-finite norm), none for *device*.
     """

@@ -44,7 +44,7 @@ def dense_values(tensor: Tensor) -> Tensor:
     if values.layout is torch.sparse_coo:
         values = values.coalesce().values()
     elif values.layout is not torch.strided:
-        values = values.values()
+        values = values.values().detach()
     if values.dtype in _FLOAT8:
         return values.float()
     if values.dtype is torch.complex32:

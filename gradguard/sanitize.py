@@ -5,6 +5,9 @@ skipped, by looking for NaN and Inf. Whatever removes NaN *before* that removes 
 overflow often shows up as NaN alone, the scaler never lowers its scale, and training stands still for
 good. So with an active scaler nothing is written before ``unscale_``, under any policy. After it the decision
 has been taken, and writing can no longer change it.
+
+Every float and complex dtype is covered (complex by component, float8 too), and so are all dense layouts,
+expanded gradients, sparse ones (values after coalescing), jagged ones and local shards of DTensors.
 """
 
 from __future__ import annotations
@@ -112,9 +115,7 @@ def sanitize_gradients_(
     whatever is written (``report.decision_taken``). As after every skipped step, zero the gradients before
     the next backward pass; a parameter must not belong to a second optimizer on the same scaler.
 
-    Every float and complex dtype is covered (complex by component, float8 too), and every dense layout,
-    expanded gradients, sparse ones (values after coalescing), jagged ones and local shards of
-    DTensors. On DTensors counts and fraction are this rank's. A shared parameter is treated once.
+    Counts and fraction of a DTensor are this rank's. A shared parameter is treated once.
 
     Args:
         parameters: parameters, or ``(name, parameter)`` pairs as ``model.named_parameters()`` gives.
@@ -133,23 +134,12 @@ def sanitize_gradients_(
     """
     _check_options(policy, max_fraction)
     given = _named(parameters)
-    stage = _stage(scaler, optimizer, policy)
-    if policy == "zero_nan" and stage not in (None, "disabled") and optimizer is not None:
-        _check_ownership(given, optimizer)
-    gradients = {
-        name: gradient_memory(name, p.grad) for name, p in given.items() if p.grad is not None
-    }
-    found = _look(gradients)
-    report = SanitizeReport(policy=policy, gradients=found, stage=stage, refused=None)
+    stage = _stage(scaler, optimizer, policy, given)
+    memory = {n: gradient_memory(n, p.grad) for n, p in given.items() if p.grad is not None}
+    report = SanitizeReport(policy=policy, gradients=_look(memory), stage=stage, refused=None)
     if policy == "report" or report.nan_count == 0:
         return report
-    refused = _refusal(report, max_fraction)
-    if refused is not None:
-        return replace(report, refused=refused)
-    for entry in found:
-        if entry.nan_count:
-            zero_nan_(gradients[entry.name])
-    return replace(report, gradients=tuple(replace(g, zeroed=g.nan_count) for g in found))
+    return _zeroed(report, memory, max_fraction)
 
 
 def persistent_nan(reports: Sequence[SanitizeReport], *, steps: int = 6) -> tuple[str, ...]:
@@ -197,9 +187,15 @@ def _named(parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[
                 f"sanitizing gradients: {name} is a {type(tensor).__name__}; expected a parameter "
                 "(pass model.parameters(), not gradients or groups)"
             )
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            named[name] = tensor
+        if id(tensor) in seen:
+            continue
+        if name in named:
+            raise ValueError(
+                f"sanitizing gradients: two parameters are called {name!r}, and the report could not "
+                "tell them apart; give each a name of its own"
+            )
+        seen.add(id(tensor))
+        named[name] = tensor
     if not named:
         raise ValueError(
             "sanitizing gradients: got no parameters; was a generator used up before? "
@@ -208,17 +204,20 @@ def _named(parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[
     return named
 
 
-def _stage(scaler: GradScaler | None, optimizer: Optimizer | None, policy: str) -> str | None:
-    if scaler is None:
+def _stage(
+    scaler: GradScaler | None, optimizer: Optimizer | None, policy: str, given: dict[str, Tensor]
+) -> str | None:
+    if scaler is None or (optimizer is None and policy == "report"):
         return None
-    if optimizer is not None:
-        return scaler_stage(scaler, optimizer)
-    if policy == "report":
-        return None
-    raise ValueError(
-        "sanitizing gradients: zero_nan with a loss scaler needs the optimizer too, to know whether "
-        "the scaler has looked at its gradients; pass optimizer=..."
-    )
+    if optimizer is None:
+        raise ValueError(
+            "sanitizing gradients: zero_nan with a loss scaler needs the optimizer too, to know "
+            "whether the scaler has looked at its gradients; pass optimizer=..."
+        )
+    stage = scaler_stage(scaler, optimizer)
+    if policy == "zero_nan" and stage != "disabled":
+        _check_ownership(given, optimizer)
+    return stage
 
 
 def _check_ownership(given: dict[str, Tensor], optimizer: Optimizer) -> None:
@@ -254,6 +253,20 @@ def _look(gradients: dict[str, Tensor]) -> tuple[SanitizedGradient, ...]:
 def _exact_counts(gradients: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
     nan, inf = nonfinite_counts(list(gradients.values())).tolist()
     return dict(zip(gradients, zip(nan, inf, strict=True), strict=True))
+
+
+def _zeroed(
+    report: SanitizeReport, memory: dict[str, Tensor], max_fraction: float
+) -> SanitizeReport:
+    """Write 0 for every NaN, or for none, and return the report with what became of them."""
+    refused = _refusal(report, max_fraction)
+    if refused is not None:
+        return replace(report, refused=refused)
+    for entry in report.gradients:
+        if entry.nan_count:
+            zero_nan_(memory[entry.name])
+    written = tuple(replace(entry, zeroed=entry.nan_count) for entry in report.gradients)
+    return replace(report, gradients=written)
 
 
 def _refusal(report: SanitizeReport, max_fraction: float) -> str | None:

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,33 +21,14 @@ from torch.optim import Optimizer
 from gradguard.attach import BackwardCounter, around_step
 from gradguard.draft import Draft
 from gradguard.drift import DriftMeter, averaged_distance
+from gradguard.gate import StepGate
 from gradguard.norms import nonfinite_counts, tensor_norms
 from gradguard.paths import path_flags
-from gradguard.records import GateDecision
 from gradguard.scaler import innermost_optimizer, loss_scale, optimizer_keys, read_scaler
 from gradguard.window import Number, Window
 
 _ALERT_STEPS = 32
 """How many steps non-finite entries are counted exactly after a gradient was not finite."""
-
-
-class Gate(Protocol):
-    """What is read from a step gate: its verdict, and the gradients while it hides them."""
-
-    @property
-    def attempts(self) -> int:
-        """Number of steps judged so far."""
-
-    @property
-    def last_decision(self) -> GateDecision | None:
-        """The latest verdict known on the host."""
-
-    @property
-    def veto_flag(self) -> Tensor | None:
-        """0-dim flag of the current step, above 0 for a veto, where only the device knows it."""
-
-    def hidden_gradients(self) -> Mapping[int, Tensor]:
-        """Gradients by ``id(parameter)`` while they are hidden."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +59,7 @@ class OptimizerWatch:
         parameter_names: Mapping[int, str],
         settings: WatchSettings,
         scaler: GradScaler | None,
-        gate: Gate | None,
+        gate: StepGate | None,
         averaged: Mapping[str, Tensor],
         protect: Callable[[str, Callable[[], None]], None],
         emit: Callable[[OptimizerWatch, Draft], None],
@@ -230,9 +211,9 @@ class OptimizerWatch:
         ]
         draft.put("averaged", averaged_distance([p for p, _ in pairs], [a for _, a in pairs]))
 
-    def _ask_gate(self, gate: Gate, draft: Draft) -> None:
+    def _ask_gate(self, gate: StepGate, draft: Draft) -> None:
         if gate.attempts > self._judged:
-            draft.decision = gate.last_decision if gate.veto_flag is None else None
+            draft.decision_of = partial(gate.decision, gate.attempts - 1)
             draft.put("veto", gate.veto_flag)
         self._judged = gate.attempts
 
@@ -329,7 +310,8 @@ class OptimizerWatch:
         draft = self._pending or self._open
         if draft is None or not draft.ran or not draft.with_gradient:
             return False
-        if draft.decision is not None and not draft.decision.allowed:
+        decision = draft.decision_of()
+        if decision is not None and not decision.allowed:
             return False
         flags = [draft.tensors[key] for key in ("found_inf", "veto") if key in draft.tensors]
         if draft is self._pending and reading is not None and reading.found_inf is not None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from gradguard.gate import StepGate
 from gradguard.guard import Guard
 from gradguard.rundir import RunDirectory
 from gradguard.scaler import check_scaler, innermost_optimizer
-from gradguard.stepwatch import Gate, OptimizerWatch, WatchSettings
+from gradguard.stepwatch import OptimizerWatch, WatchSettings
 
 
 def watch(
@@ -19,7 +20,7 @@ def watch(
     optimizer: object,
     *,
     scaler: GradScaler | None = None,
-    gate: Gate | Mapping[str, Gate] | None = None,
+    gate: StepGate | Mapping[str, StepGate] | None = None,
     averaged: nn.Module | Mapping[str, Tensor] | None = None,
     run: str | Path | RunDirectory | None = None,
     drift: str = "sampled",

@@ -23,6 +23,7 @@ from gradguard.testing.properties import (
     is_idempotent,
     is_neutral_on_clean_steps,
     never_hides_an_overflow,
+    property_settings,
 )
 from gradguard.testing.strategies import (
     ALL_DTYPES,
@@ -67,5 +68,6 @@ __all__ = [
     "overflow_sequences",
     "parameter_sets",
     "parameter_with",
+    "property_settings",
     "training_fingerprint",
 ]

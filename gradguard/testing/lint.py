@@ -60,8 +60,8 @@ class HostReads:
     filled by ``copy_(..., non_blocking=True)`` stands for host memory from then on: reading it does
     not count, because that is how values leave a device without waiting.
 
-    What it cannot see: reads inside C++ and compiled regions, and ``Tensor.to("cpu")`` of a tensor
-    that is on the CPU already.
+    What it cannot see: reads inside C++ and compiled regions, blocking copies from pageable host
+    memory to a device, and ``Tensor.to("cpu")`` of a tensor that is on the CPU already.
 
     Sync: none of its own.
 

@@ -67,7 +67,10 @@ def fingerprint_parts(
     Sync: copies everything to the host.
     """
     # Likely causes first: a difference is reported from the top of this list.
-    parts = {f"{name} random state": state for name, state in _random_states().items()}
+    parts: dict[str, object] = {
+        f"{name} random state": str(state) if name == "Python" else state
+        for name, state in _random_states().items()
+    }
     parts["grad mode"] = torch.is_grad_enabled()
     for name, module in model.named_modules():
         parts[f"train mode of {name or 'the model'}"] = module.training
@@ -116,7 +119,7 @@ def assert_neutral(
             "the same seed; build everything inside make_run and use deterministic algorithms"
         )
     raise AssertionError(
-        f"the observer changed the training: {_difference(bare, observed)} after {steps} steps"
+        f"the training was changed: {_difference(bare, observed)} after {steps} steps"
     )
 
 

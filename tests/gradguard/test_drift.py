@@ -104,7 +104,7 @@ def test_an_all_zero_weight_has_no_ratio():
 
 def test_misuse_is_a_sentence():
     """No parameters, and reading before marking, are refused."""
-    with pytest.raises(ValueError, match="pass model.named_parameters"):
+    with pytest.raises(ValueError, match=r"pass model\.named_parameters"):
         gg.DriftMeter([])
     with pytest.raises(RuntimeError, match="nothing to compare with"):
         gg.DriftMeter([("w", torch.ones(1))]).read()

@@ -120,6 +120,18 @@ def test_decisions_come_in_order_and_late():
     assert "first in parameter 0 of group 0" in gate.decision(7).reason
 
 
+def test_decisions_stay_in_order_when_the_back_end_changes():
+    """A step that goes through the host, for a late parameter, first reads what is still waiting."""
+    early, late = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    gate = StepGate(optimizer := torch.optim.AdamW([early, late], fused=True))
+    for gradient in (1.0, math.nan, 1.0):
+        early.grad = torch.full((2,), gradient)
+        late.grad = torch.ones(2) if optimizer.state and gradient == 1.0 else None
+        optimizer.step()
+    assert gate.veto_flag is None
+    assert [d.allowed for d in gate.decisions] == [True, False, True]
+
+
 def test_ceilings_are_checked_late():
     """Too many vetoes in a row raise within ``lag`` steps, before the step that finds out."""
     model = ADAMW.model()

@@ -82,14 +82,15 @@ def test_the_norm_is_unscaled(fused):
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["auto", "hide"])
 @pytest.mark.parametrize(("fused", "scale"), [(False, 1.4e-45), (False, 1e-39), (True, 0.0)])
-def test_a_collapsed_scale_is_caught(fused, scale):
+def test_a_collapsed_scale_is_caught(fused, scale, backend):
     """Unscaling by a collapsed scale writes NaN or Inf with found_inf = 0; the gate vetoes the step."""
     for gated in (True, False):
         case = Case("SGD", {"fused": fused})
         model = case.model()
         optimizer = case.optimizer(model)
-        gate = StepGate(optimizer) if gated else None
+        gate = StepGate(optimizer, backend=backend) if gated else None
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         scaler.scale(loss_of(model, 0)).backward()
         scaler.step(optimizer)

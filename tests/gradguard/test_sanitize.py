@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 
 from gradguard.sanitize import SanitizeReport, persistent_nan, sanitize_gradients_
@@ -23,13 +23,14 @@ from gradguard.testing import (
     is_neutral_on_clean_steps,
     parameter_sets,
     parameter_with,
+    property_settings,
 )
 
 NAN, INF = float("nan"), float("inf")
 zero_nan = partial(sanitize_gradients_, scaler=None, policy="zero_nan", max_fraction=1.0)
 report = partial(sanitize_gradients_, scaler=None)
 every_kind = {"dtypes": ALL_DTYPES, "layouts": ALL_LAYOUTS}
-more_examples = settings(max_examples=300, deadline=None)
+more_examples = property_settings(max_examples=300)
 
 test_zero_nan_changes_only_nan = changes_only_nan(zero_nan, **every_kind, settings=more_examples)
 test_zero_nan_is_idempotent = is_idempotent(zero_nan, **every_kind)
@@ -272,6 +273,11 @@ MISUSE = {
     ),
     "groups": ({"parameters": [{"params": []}]}, TypeError, r"parameters\[0\] is a dict"),
     "used up": ({"parameters": iter(())}, ValueError, "got no parameters; was a generator used up"),
+    "same name": (
+        {"parameters": [("w", nn.Parameter(torch.ones(1))), ("w", nn.Parameter(torch.ones(1)))]},
+        ValueError,
+        "two parameters are called 'w', and the report could not tell them apart",
+    ),
     "no scaler": ({"scaler": "amp"}, TypeError, "expected a torch.amp.GradScaler, got str"),
 }
 UNREADABLE = {

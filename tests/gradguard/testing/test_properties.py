@@ -6,8 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -21,10 +21,11 @@ from gradguard.testing import (
     is_idempotent,
     is_neutral_on_clean_steps,
     never_hides_an_overflow,
+    property_settings,
 )
 
 Parameters = list[nn.Parameter]
-few = hypothesis.settings(max_examples=25, deadline=None, database=None, derandomize=True)
+few = property_settings(max_examples=25, database=None, derandomize=True)
 
 
 def leaves_everything(parameters: Parameters) -> None:
@@ -92,12 +93,12 @@ FAULTS = {
     ),
     "clipping changes Inf": (
         changes_only_nan(clips_values),
-        r"entry 0 was -?inf \(bits 0x[7f]f800000\) and became -?1 \(bits 0x[3b]f800000\); only NaN",
+        r"entry 0 was .* \(bits 0x[0-9a-f]{8}\) and became -?1 \(bits 0x[3b]f800000\); only NaN",
     ),
     "adding is not idempotent": (is_idempotent(adds_one), "a second call may change nothing"),
     "adding is not neutral": (
         is_neutral_on_clean_steps(adds_one),
-        "a finite gradient may not change",
+        "a finite gradient may not change|the training was changed: parameter",
     ),
     "noise is not neutral": (is_neutral_on_clean_steps(draws_noise), "torch random state"),
     "another shape": (changes_only_nan(doubles_the_precision), "and became"),
@@ -211,7 +212,7 @@ test_a_sound_gate_is_neutral = gate_is_neutral_on_clean_steps(
     [
         (ZeroingGate, "the last step was neither taken as without the gate nor left alone: "),
         (ForgetfulGate, r"a \.grad is another tensor than before"),
-        (RescalingGate, "neither taken as without the gate nor left alone: gradient of first"),
+        (RescalingGate, "neither taken as without the gate nor left alone: parameter first, gra"),
     ],
 )
 def test_unsound_gates_are_found(gate: type[Gate], sentence: str) -> None:
@@ -222,23 +223,25 @@ def test_unsound_gates_are_found(gate: type[Gate], sentence: str) -> None:
 
 def test_a_gate_that_changes_clean_steps_is_found() -> None:
     """A gate that rescales clean gradients is not neutral."""
-    with pytest.raises(AssertionError, match="the observer changed the training: parameter"):
+    with pytest.raises(AssertionError, match="the training was changed: parameter"):
         gate_is_neutral_on_clean_steps(
             lambda optimizer: attached(RescalingGate(optimizer)), settings=few
         )()
 
 
-def test_pytest_collects_the_three_lines_of_a_user(tmp_path: object) -> None:
+def test_pytest_collects_the_three_lines_of_a_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A test file of three lines is collected, run and reported by pytest."""
     (tmp_path / "test_mine.py").write_text(
         "from gradguard.testing import never_hides_an_overflow\n"
         "from torch.nn.utils import clip_grad_value_\n"
         "test_mine = never_hides_an_overflow(lambda parameters: clip_grad_value_(parameters, 1.0))\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "1 failed" in ran.stdout
-    assert "loss scale 65536, gradient [inf]: the scaler alone skips this step" in ran.stdout
+    pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "1 failed" in printed
+    assert "loss scale 65536, gradient [inf]: the scaler alone skips this step" in printed
 
 
 def test_without_hypothesis_one_line_says_what_to_install() -> None:

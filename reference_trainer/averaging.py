@@ -1,0 +1,50 @@
+"""An exponential moving average of the weights whose decay warms up with the steps taken."""
+
+from __future__ import annotations
+
+import copy
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def warmed_up_decay(taken: int, decay: float) -> float:
+    """Return the decay of the update after the ``taken``-th step: min(decay, (1 + t) / (10 + t)).
+
+    A constant 0.999 would leave an average of 240 steps 79 % initial weights.
+    """
+    return min(decay, (1 + taken) / (10 + taken))
+
+
+class AveragedWeights(Generic[Module]):
+    """A copy of a model that follows it slowly; what is validated and saved.
+
+    The copy is a module of its own: nothing is swapped in or out of the live model, so an exception
+    during validation cannot leave the wrong weights behind.
+
+    Memory: one copy of the parameters and buffers.
+    """
+
+    def __init__(self, model: Module, *, decay: float) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"averaging decay {decay} is outside [0, 1); 0 keeps the live weights")
+        self.module = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+        self.decay = decay
+        self.taken = 0
+        self._live = model
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the live weights; call it once after each taken step.
+
+        Sync: none.
+        """
+        self.taken += 1
+        share = 1.0 - warmed_up_decay(self.taken, self.decay)
+        for average, current in zip(self.module.parameters(), self._live.parameters(), strict=True):
+            average.lerp_(current, share)
+        for copied, live in zip(self.module.buffers(), self._live.buffers(), strict=True):
+            copied.copy_(live)

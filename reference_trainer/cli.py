@@ -1,0 +1,136 @@
+"""The command line: ``train`` a network, ``evaluate`` a checkpoint.
+
+Exit status: 0 when all went well, 1 when a run ended with errors found by the guard, 2 when it could
+not start or go on; then standard error says why, in one sentence.
+"""
+
+# No "from __future__ import annotations": typer reads the annotations.
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.text import Text
+from typer.core import TyperCommand
+
+import gradguard as gg
+from reference_trainer.config import PRESETS
+from reference_trainer.errors import ConfigError, TrainerError
+from reference_trainer.restore import evaluate_checkpoint
+from reference_trainer.settings import as_mapping, config_keys, preset, with_overrides
+from reference_trainer.terminal import TerminalView
+from reference_trainer.train import train as train_network
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train the RIS covariance network under the guard, or evaluate a checkpoint of it.",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; always leaves by ``SystemExit``.
+
+    Args:
+        arguments: what stands after the program's name; that of the process when None.
+    """
+    try:
+        app(arguments)
+    except (TrainerError, gg.RunDirectoryError, gg.GateCeilingError) as error:
+        _complain(str(error))
+        raise SystemExit(2) from None
+
+
+def settings_help() -> Group:
+    """Return every setting of a run: its key, its value in each preset and its meaning."""
+    trees = {name: as_mapping(config) for name, config in PRESETS.items()}
+    lines: list[RenderableType] = [Rule("Settings: --set KEY=VALUE", align="left")]
+    for key in config_keys():
+        section, _, name = key.name.partition(".")
+        values = {preset_name: tree[section][name] for preset_name, tree in trees.items()}
+        alike = len(set(values.values())) == 1
+        told = f"{key.default}" if alike else ", ".join(f"{v} in {n}" for n, v in values.items())
+        lines += [Text(f"{key.name}  [{told}]"), Padding(Text(key.meaning), (0, 0, 0, 4))]
+    return Group(*lines)
+
+
+class CommandWithSettings(TyperCommand):
+    """A command whose help ends in the list of all settings."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the usual help, then the settings."""
+        super().format_help(ctx, formatter)
+        Console(highlight=False).print(settings_help())
+
+
+@app.command(cls=CommandWithSettings)
+def train(
+    preset_name: Annotated[
+        str, typer.Option("--preset", help=f"Where to start from: {' or '.join(PRESETS)}.")
+    ] = "overfit",
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeat for more."),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="MODE", help="fp32, bf16 or fp16; precision.mode.")
+    ] = None,
+    init_scale: Annotated[
+        str | None,
+        typer.Option(metavar="SCALE", help="As 65536 or 2**16; precision.initial_loss_scale."),
+    ] = None,
+    epochs: Annotated[
+        str | None, typer.Option(metavar="N", help="Passes over the data; optimization.epochs.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A new directory; default runs/PRESET-DATE-TIME."),
+    ] = None,
+) -> None:
+    """Train a network from scratch; records, evaluations and checkpoints go to the run directory.
+
+    --precision, --init-scale and --epochs are short for --set and win over it.
+    """
+    short = {
+        "precision.mode": precision,
+        "precision.initial_loss_scale": init_scale,
+        "optimization.epochs": epochs,
+    }
+    given = [f"{key}={value}" for key, value in short.items() if value is not None]
+    config = with_overrides(preset(preset_name), [*(assignments or ()), *given])
+    if init_scale is not None and config.precision.mode != "fp16":
+        raise ConfigError(
+            f"--init-scale {init_scale} has no effect in {config.precision.mode}: "
+            "only fp16 scales the loss; add --precision fp16"
+        )
+    with TerminalView() as view:
+        result = train_network(
+            config, run_directory=run_dir or _new_directory(preset_name), view=view
+        )
+    view.finished(result)
+    errors = [f for f in result.log.findings if f.severity is gg.Severity.ERROR]
+    for finding in errors:
+        _complain(f"{finding.code}: {finding.message}")
+    raise typer.Exit(1 if errors else 0)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint.pt of an earlier run.")],
+) -> None:
+    """Evaluate the weights of a checkpoint on both sets of the run it comes from."""
+    TerminalView().epoch_ended(evaluate_checkpoint(checkpoint))
+
+
+def _new_directory(preset_name: str) -> Path:
+    return Path("runs") / f"{preset_name}-{datetime.now(tz=UTC):%Y%m%d-%H%M%S}"
+
+
+def _complain(sentence: str) -> None:
+    console = Console(stderr=True)
+    console.print(f"error: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)

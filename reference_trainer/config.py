@@ -1,0 +1,186 @@
+"""What a training run is made of: frozen dataclasses, validated once and saved with the run.
+
+The ``Attributes`` of each section are also the command line's help: see ``settings.py``.
+"""
+
+# No "from __future__ import annotations": pydantic reads the annotations when a class is made.
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from reference_trainer.loss import LossWeights
+from reference_trainer.physics import SymbolModel
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_POWER_OF_TWO = re.compile(r"2\*\*(\d{1,2})")
+
+
+def _read_power_of_two(value: object) -> object:
+    """Accept ``2**24``: that is how people write loss scales."""
+    match = _POWER_OF_TWO.fullmatch(value.strip()) if isinstance(value, str) else None
+    return 2.0 ** int(match[1]) if match else value
+
+
+LossScale = Annotated[float, BeforeValidator(_read_power_of_two), Field(ge=1.0, le=2.0**99)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+LearningRate = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ScenesConfig:
+    """Which scenes are drawn.
+
+    Attributes:
+        seed: seed of every scene of both sets.
+        train: number of scenes to train on.
+        validation: number of held-out scenes.
+        symbols: "constant": one symbol per source and scene; "iid": one per snapshot.
+        min_range_m: distance of the nearest possible source in metres; the farthest is 10 m.
+    """
+
+    seed: Seed = 0
+    train: Count = 256
+    validation: Count = 256
+    symbols: SymbolModel = "constant"
+    min_range_m: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class NetworkConfig:
+    """What can be chosen about the network; its shape is fixed.
+
+    Attributes:
+        seed: seed of the initial weights, of dropout and of the order of the scenes.
+        dropout: probability of dropout in the encoder, in training.
+    """
+
+    seed: Seed = 0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class OptimizationConfig:
+    """How the weights move.
+
+    Attributes:
+        epochs: passes over the training scenes.
+        batch_scenes: scenes in one forward and backward pass.
+        accumulation: passes whose gradients make one optimizer step.
+        backbone_learning_rate: AdamW's learning rate of the backbone after warm-up.
+        head_learning_rate: the same for the heads.
+        weight_decay: AdamW's decoupled decay.
+        clip_norm: largest global gradient norm; 0 clips nothing.
+        warmup_fraction: share of the planned steps in which the learning rates rise.
+        final_fraction: what the cosine leaves of the learning rates at the end.
+        sample_blend: share of the receiver's own estimate in the covariance terms of the loss.
+        averaging_decay: ceiling of the decay of the averaged weights; 0 follows the live ones.
+    """
+
+    epochs: Count = 60
+    batch_scenes: Count = 64
+    accumulation: Count = 1
+    backbone_learning_rate: LearningRate = 1e-3
+    head_learning_rate: LearningRate = 4e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    clip_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    warmup_fraction: Fraction = 0.1
+    final_fraction: Fraction = 0.01
+    sample_blend: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    averaging_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PrecisionConfig:
+    """In which arithmetic the network runs.
+
+    Attributes:
+        mode: "fp32", "bf16" (autocast) or "fp16" (autocast and a gradient scaler).
+        initial_loss_scale: where the gradient scaler starts in fp16; may be written 2**24.
+        growth_interval: good steps after which the gradient scaler doubles its scale.
+    """
+
+    mode: Precision = "fp32"
+    initial_loss_scale: LossScale = 2.0**16
+    growth_interval: Count = 2000
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class GuardConfig:
+    """How the run is watched.
+
+    Attributes:
+        gate: veto steps on non-finite or vanishing gradients.
+        lag: steps after which readings are copied to the host.
+        detail_every: steps between two that are read parameter by parameter.
+    """
+
+    gate: bool = True
+    lag: Count = 8
+    detail_every: Count = 50
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RuntimeConfig:
+    """Where the run runs, and how often it looks up.
+
+    Attributes:
+        device: "cpu", "cuda", or "auto": CUDA where there is one.
+        threads: torch's threads; 0 times one step at 1 and at all, and takes the faster.
+        evaluate_every: epochs between two evaluations on both sets; the last is always one.
+        checkpoint_every: epochs between two checkpoints; the last is always one.
+    """
+
+    device: Device = "auto"
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    evaluate_every: Count = 5
+    checkpoint_every: Count = 20
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Config:
+    """A whole run.
+
+    Attributes:
+        scenes: which scenes are drawn.
+        network: what can be chosen about the network.
+        loss: the weight of every loss term.
+        optimization: how the weights move.
+        precision: in which arithmetic the network runs.
+        guard: how the run is watched.
+        runtime: where the run runs.
+    """
+
+    scenes: ScenesConfig = ScenesConfig()
+    network: NetworkConfig = NetworkConfig()
+    loss: LossWeights = LossWeights()
+    optimization: OptimizationConfig = OptimizationConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    guard: GuardConfig = GuardConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def __post_init__(self) -> None:
+        if not any(asdict(self.loss).values()):
+            raise ValueError("every loss weight is 0: nothing to train; set one, loss.covariance=1")
+
+
+PRESETS: Mapping[str, Config] = MappingProxyType(
+    {
+        "overfit": Config(),
+        "smoke": Config(
+            scenes=ScenesConfig(train=16, validation=8),
+            optimization=OptimizationConfig(epochs=2, batch_scenes=8),
+            runtime=RuntimeConfig(threads=1, evaluate_every=1),
+        ),
+    }
+)
+"""``overfit``: memorise 256 scenes, 240 steps; ``smoke``: does everything run, in seconds."""

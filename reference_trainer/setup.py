@@ -1,0 +1,199 @@
+"""Puts together what a training step needs, and takes a first look at it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import AdamW
+
+import gradguard as gg
+from reference_trainer.averaging import AveragedWeights
+from reference_trainer.errors import ConfigError
+from reference_trainer.model import CovarianceNetwork, parameter_groups
+from reference_trainer.objective import Objective
+from reference_trainer.results import RunStart
+from reference_trainer.schedule import planned_steps, warmup_cosine
+from reference_trainer.threads import ThreadChoice, choose_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from torch.optim.lr_scheduler import LambdaLR
+
+    from reference_trainer.config import Config, Device, OptimizationConfig, Precision
+    from reference_trainer.data import DataSets
+    from reference_trainer.examples import Examples
+
+_AUTOCAST: Mapping[Precision, torch.dtype | None] = {
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything that one training step touches.
+
+    Attributes:
+        model: the live weights.
+        optimizer: AdamW with one group for the backbone and one for the heads.
+        scaler: torch's gradient scaler; disabled unless the precision is fp16.
+        schedule: learning rates; stepped after each step that was taken.
+        averaged: what is evaluated and saved.
+        objective: the loss of training and of evaluation.
+        clip_norm: largest global gradient norm; 0 clips nothing.
+    """
+
+    model: CovarianceNetwork
+    optimizer: AdamW
+    scaler: GradScaler
+    schedule: LambdaLR
+    averaged: AveragedWeights[CovarianceNetwork]
+    objective: Objective
+    clip_norm: float
+
+
+def pick_device(wanted: Device) -> torch.device:
+    """Return the device to run on.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("setting runtime.device: got 'cuda', but torch sees no CUDA device here")
+    use_cuda = wanted != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def steps_of(config: Config) -> int:
+    """Return the optimizer steps of a run of ``config`` in which none is skipped."""
+    return planned_steps(
+        scenes=config.scenes.train,
+        batch_scenes=config.optimization.batch_scenes,
+        accumulation=config.optimization.accumulation,
+        epochs=config.optimization.epochs,
+    )
+
+
+def assemble(config: Config, device: torch.device) -> Parts:
+    """Build the parts of a run. Seeds torch's global generator with ``network.seed``."""
+    torch.manual_seed(config.network.seed)
+    model = CovarianceNetwork(dropout=config.network.dropout).to(device)
+    optimizer = _optimizer(model, config.optimization)
+    return Parts(
+        model=model,
+        optimizer=optimizer,
+        scaler=GradScaler(
+            device.type,
+            enabled=config.precision.mode == "fp16",
+            init_scale=config.precision.initial_loss_scale,
+            growth_interval=config.precision.growth_interval,
+        ),
+        schedule=warmup_cosine(
+            optimizer,
+            planned=steps_of(config),
+            warmup_fraction=config.optimization.warmup_fraction,
+            final_fraction=config.optimization.final_fraction,
+        ),
+        averaged=AveragedWeights(model, decay=config.optimization.averaging_decay),
+        objective=Objective(
+            weights=config.loss,
+            sample_blend=config.optimization.sample_blend,
+            autocast=_AUTOCAST[config.precision.mode],
+        ),
+        clip_norm=config.optimization.clip_norm,
+    )
+
+
+def _optimizer(model: CovarianceNetwork, config: OptimizationConfig) -> AdamW:
+    groups = parameter_groups(model)
+    rates = {"backbone": config.backbone_learning_rate, "head": config.head_learning_rate}
+    return AdamW(
+        [{"params": groups[name], "lr": rate} for name, rate in rates.items()],
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def look_first(parts: Parts, data: DataSets, config: Config, directory: Path | None) -> RunStart:
+    """Rehearse forward and backward passes: which tensors are live, how many threads are best."""
+    batch = data.memorised.select(slice(0, config.optimization.batch_scenes))
+    with _without_traces(batch):
+        readings = first_readings(parts, batch)
+        choice = _threads(parts, batch, config.runtime.threads)
+    parameters = list(parts.model.parameters())
+    dead = tuple(reading.name for reading in readings if reading.state is not gg.PathState.LIVE)
+    return RunStart(
+        tensors=len(parameters),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        live=len(readings) - len(dead),
+        dead=dead,
+        device=str(parameters[0].device),
+        precision=config.precision.mode,
+        threads=choice.threads,
+        thread_seconds=choice.seconds,
+        memorised_scenes=len(data.memorised),
+        held_out_scenes=len(data.held_out),
+        planned_steps=steps_of(config),
+        directory=directory,
+    )
+
+
+def first_readings(parts: Parts, examples: Examples) -> tuple[gg.PathReading, ...]:
+    """Say what one backward pass leaves in the gradient of every parameter, then clear them.
+
+    In single precision: which tensors the loss reaches is a matter of wiring, not of rounding.
+
+    Sync: one copy to the host.
+    """
+    loss = replace(parts.objective, autocast=None)(parts.model, examples).loss
+    torch.autograd.backward(loss)
+    readings = gg.gradient_readings(parts.model)
+    parts.optimizer.zero_grad()
+    return readings
+
+
+def _threads(parts: Parts, examples: Examples, wanted: int) -> ThreadChoice:
+    """Take what was asked for; for 0, time forward and backward passes of the real network."""
+
+    def work() -> None:
+        torch.autograd.backward(parts.objective(parts.model, examples).loss)
+        parts.optimizer.zero_grad()
+
+    on_cpu = examples.stencil.device.type == "cpu"
+    measured = (1, torch.get_num_threads()) if on_cpu else (torch.get_num_threads(),)
+    return choose_threads(work, candidates=(wanted,) if wanted else measured)
+
+
+def _without_traces(examples: Examples) -> AbstractContextManager[None]:
+    """Keep dropout in a rehearsal from moving the random state of the run."""
+    device = examples.stencil.device
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def attach_guard(
+    parts: Parts, config: Config, recorder: gg.RunDirectory | None
+) -> Iterator[gg.Guard]:
+    """Watch the run, behind a step gate if the configuration wants one, until the block ends."""
+    with ExitStack() as stack:
+        gate = stack.enter_context(gg.StepGate(parts.optimizer)) if config.guard.gate else None
+        yield stack.enter_context(
+            gg.watch(
+                parts.model,
+                parts.optimizer,
+                scaler=parts.scaler,
+                gate=gate,
+                averaged=parts.averaged.module,
+                run=recorder,
+                lag=config.guard.lag,
+                detail_every=config.guard.detail_every,
+            )
+        )

@@ -1,0 +1,160 @@
+"""What the default guard costs: step-time ratios with guard / without, memory, host reads.
+
+    python -m tests.benchmarks.overhead [--json FILE] [--steps N]
+
+Two identical trainings take turns, step by step, in one process; the guard sits on one of them for half
+of the run and then on the other, so that neither memory layout nor drift of the machine's speed can
+favour one side. A ratio is the median guarded step, plus the share of the detailed steps, over the median
+bare step. One torch thread: on small virtual machines two are slower and noisier.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import gradguard as gg
+from gradguard.testing import count_host_reads
+from reference_trainer.settings import preset
+from tests.benchmarks.ris import ris_training
+
+DETAIL_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training that can be stepped; ``step(guard)`` tells the guard its loss."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[gg.Guard | None], None]
+
+
+def mlp300(*, fused: bool = False) -> Training:
+    """Return the unfavourable case: 300 small tensors (150 layers of width 53), batch 32, AdamW."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(53, 53), nn.ReLU()) for _ in range(150)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+    x = torch.randn(32, 53)
+
+    def step(guard: gg.Guard | None) -> None:
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if guard is not None:
+            guard.observe(loss=loss)
+
+    return Training(model, optimizer, step)
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Return the seconds ``work`` took."""
+    started_s = time.perf_counter()
+    work()
+    return time.perf_counter() - started_s
+
+
+def step_ratio(make: Callable[[], Training], *, steps: int) -> float:
+    """Return step time with guard over step time without, over two halves of ``steps`` steps each."""
+    pair = make(), make()
+    for training in pair:
+        for _ in range(3):
+            training.step(None)
+    halves = [one_half(pair[i], pair[1 - i], steps=steps) for i in (0, 1)]
+    return math.sqrt(halves[0] * halves[1])
+
+
+def one_half(guarded: Training, bare: Training, *, steps: int) -> float:
+    """Return the ratio with the guard on ``guarded``, the two taking turns."""
+    with_guard: list[float] = []
+    without: list[float] = []
+    with gg.watch(guarded.model, guarded.optimizer, detail_every=DETAIL_EVERY) as guard:
+        for index in range(steps):
+            turns = [
+                (with_guard, lambda: guarded.step(guard)),
+                (without, lambda: bare.step(None)),
+            ]
+            for times, work in turns if index % 2 else reversed(turns):
+                times.append(timed(work))
+    detailed = statistics.median(with_guard[::DETAIL_EVERY])
+    ordinary = statistics.median(t for i, t in enumerate(with_guard) if i % DETAIL_EVERY)
+    amortised = ordinary + max(0.0, detailed - ordinary) / DETAIL_EVERY
+    return amortised / statistics.median(without)
+
+
+def memory_fraction(make: Callable[[], Training]) -> float:
+    """Return the bytes of tensors that the guard holds after some steps over the bytes of parameters.
+
+    Counted over every live tensor storage, before and after attaching.
+    """
+    training = make()
+    training.step(None)
+    before = live_bytes()
+    guard = gg.watch(training.model, training.optimizer, detail_every=DETAIL_EVERY, lag=8)
+    for _ in range(4):
+        training.step(guard)
+    extra = live_bytes() - before
+    guard.detach()
+    return extra / sum(p.numel() * p.element_size() for p in training.model.parameters())
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensor storages that are alive."""
+    gc.collect()
+    sizes = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor):
+            storage = found.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def host_reads_per_step(make: Callable[[], Training], *, steps: int = 20) -> float:
+    """Return the host reads that the guard adds per step."""
+    training = make()
+    bare = count_host_reads(lambda: [training.step(None) for _ in range(steps)])
+    with gg.watch(training.model, training.optimizer) as guard:
+        guarded = count_host_reads(lambda: [training.step(guard) for _ in range(steps)])
+    return (guarded - bare).total() / steps
+
+
+def ris() -> Training:
+    """Return the full RIS model at batch 64, as the overfit preset trains it."""
+    return Training(*ris_training(preset("overfit")))
+
+
+def main() -> None:
+    """Measure and print; write the figures as JSON when asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--steps", type=int, default=60, help="RIS steps per half (default 60)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    figures = {
+        "mlp300_ratio": step_ratio(mlp300, steps=5 * options.steps),
+        "mlp300_fused_ratio": step_ratio(lambda: mlp300(fused=True), steps=5 * options.steps),
+        "ris_ratio": step_ratio(ris, steps=options.steps),
+        "memory_fraction": memory_fraction(ris),
+        "host_reads_per_step": host_reads_per_step(mlp300),
+    }
+    limits = {"ris_ratio": 1.02, "mlp300_ratio": 1.10, "memory_fraction": 0.02}
+    for name, value in figures.items():
+        limit = f"   (at most {limits[name]})" if name in limits else ""
+        print(f"{name:20s} {value:8.4f}{limit}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
