@@ -17,16 +17,18 @@ _SENTINELS = 8
 
 
 def around_step(
-    optimizer: Optimizer, *, before: Callable[[], None], after: Callable[[], None]
+    optimizer: Optimizer, *, before: Callable[[bool], None], after: Callable[[], None]
 ) -> ExitStack:
     """Call ``before`` and ``after`` around every ``optimizer.step()`` until the result is closed.
 
+    ``before`` is told whether the step was given a closure, which computes the gradients inside it.
     A fused optimizer is called even for a step the scaler skips: ``after`` means "returned". A step that
     raises never reaches ``after``; an optimizer whose ``step`` calls ``super().step()`` reaches both twice.
     """
 
-    def pre_hook(*_: Any) -> None:
-        before()
+    def pre_hook(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # args[0] is the optimizer itself.
+        before((len(args) > 1 and args[1] is not None) or kwargs.get("closure") is not None)
 
     def post_hook(*_: Any) -> None:
         after()

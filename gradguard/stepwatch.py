@@ -79,6 +79,7 @@ class OptimizerWatch:
         self._pending: Draft | None = None  # stepped, waiting for scaler.update()
         self._open: Draft | None = None  # finished; late observations may still belong to it
         self._judged = 0
+        self._closure = False  # whether the step under way computes its own gradients
         self._ended_s: float | None = None
         self._parameters: list[Tensor] = []
         self._meter: DriftMeter | None = None
@@ -86,7 +87,7 @@ class OptimizerWatch:
         self._backwards = BackwardCounter(self._parameters)
         self._handles = around_step(
             inner,
-            before=lambda: protect("step", self._begin),
+            before=lambda closure: protect("step", partial(self._begin, closure=closure)),
             after=lambda: protect("step", self._returned),
         )
         weakref.finalize(inner, self._forget)
@@ -140,11 +141,13 @@ class OptimizerWatch:
 
     # --- the step ------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, *, closure: bool) -> None:
         self._finish_pending()
         self._refresh()
         draft, gradients = self._new_draft()
-        self._protect("gradients", lambda: self._measure_gradients(draft, gradients))
+        self._closure = closure
+        if not closure:
+            self._protect("gradients", lambda: self._measure_gradients(draft, gradients))
         if draft.detailed and self._averaged:
             self._protect("averaged", lambda: self._measure_averaged(draft))
         meter = self._meter
@@ -157,6 +160,8 @@ class OptimizerWatch:
         if draft is None:
             return  # the outer half of a step that called super().step()
         draft.ran = True
+        if self._closure:
+            self._read_gradients_after(draft)
         meter = self._meter
         if meter is not None:
             draft.drift_layout = meter.layout
@@ -167,6 +172,12 @@ class OptimizerWatch:
             self._pending = draft
         else:
             self._finish(draft)
+
+    def _read_gradients_after(self, draft: Draft) -> None:
+        """Read the gradients that a closure computed inside the step (those of its last call)."""
+        gradients = self._gradients()
+        draft.with_gradient = [i for i, g in enumerate(gradients) if g is not None]
+        self._protect("gradients", lambda: self._measure_gradients(draft, gradients))
 
     def _new_draft(self) -> tuple[Draft, list[Tensor | None]]:
         groups = self._optimizer.param_groups

@@ -1,9 +1,10 @@
 """The covariance network: 93 parameter tensors, 16,339,075 parameters, every one in use.
 
-Shapes and counts are those of the published model. Five of its wires were dead and are live here:
-the grid head gives angles that enter the loss; the spectral projection and fusion take part; no
-input of the lag projection is identically zero; the slot of the collapsed channel holds a beam map,
-which depends on the whole sensing matrix; and the heads read the last of the three fusions.
+Shapes and counts are those of the published model; these wires of it are mended. The grid head
+gives angles that enter the loss. The spectral projection and fusion take part, and the heads read
+the last of the three fusions. No input of the lag projection is identically zero. The slot of the
+collapsed channel holds a beam map, which depends on the whole sensing matrix. The auxiliary
+distance has a unit in which its last layer can learn.
 """
 
 from __future__ import annotations

@@ -199,6 +199,29 @@ def test_sparse_rows_that_no_sample_sees_count_as_motion():
         assert [r.outcome for r in guard.log] == [APPLIED]
 
 
+@pytest.mark.parametrize("optimizer_class", [torch.optim.LBFGS, torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_gradients_computed_by_a_closure_count(optimizer_class, by_name):
+    """A step whose closure computes the gradients is APPLIED, although there were none before it."""
+    model = small_net()
+    optimizer = optimizer_class(model.parameters(), lr=0.1)
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 6)).square().mean()
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    with gg.watch(model, optimizer, strict=True) as guard:
+        optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+    (record,) = guard.log
+    assert record.outcome is APPLIED
+    assert record.micro_steps == len(calls)
+    assert record.gradient_norm > 0
+
+
 def test_the_outcome_table_is_total_and_ordered():
     """Every combination of evidence has an outcome, and a scaler skip outranks every other reading."""
     readings = itertools.product(
