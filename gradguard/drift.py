@@ -22,7 +22,7 @@ from gradguard.sampling import (
     SAMPLES_PER_TENSOR,
     ParameterSample,
     sample_quota,
-    strided_view,
+    sample_runs,
     wide_dtype,
 )
 
@@ -164,24 +164,25 @@ class DriftMeter:
         layout = self._sample.layout()
         sizes = list(layout.sizes) if detailed else _merged(layout.sizes, self._group_sizes)
         wide = layout.weights.dtype
-        runs = (before.to(wide), after.to(wide), (before != after).to(wide), layout.weights)
+        runs = (before.to(wide), after.to(wide), layout.weights, layout.error_weights)
+        if len(sizes) == 1:
+            return torch.stack(_sampled_sums(*runs))
         pieces = zip(*(torch.split(run, sizes) for run in runs), strict=True)
         return torch.stack([value for piece in pieces for value in _sampled_sums(*piece)])
 
 
 def _sampled_sums(
-    before: Tensor, after: Tensor, moved: Tensor, weights: Tensor
+    before: Tensor, after: Tensor, weights: Tensor, error_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return update^2, its sampling variance, values moved, weight^2, all 0-dim.
 
-    The variance is Horvitz-Thompson's with the second moment in place of the variance: an upper bound.
+    A value has moved where the square of its difference is not 0; in float64 that never underflows.
     """
     square = (after - before).square_()
-    weighted = weights * square
     return (
-        weighted.sum(),
-        torch.dot(weighted - square, weighted),
-        torch.dot(weights, moved),
+        torch.dot(weights, square),
+        torch.dot(error_weights, square * square),
+        torch.dot(weights, (square != 0).to(weights.dtype)),
         torch.dot(weights * before, before),
     )
 
@@ -238,8 +239,8 @@ def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 def _distance(live: Tensor, averaged: Tensor, quota: int) -> Tensor:
     wide = wide_dtype(live.device)
-    start = strided_view(live, quota).to(wide)
-    end = strided_view(averaged, quota).to(start.device, wide, non_blocking=True)
+    start = torch.cat(sample_runs(live, quota)).to(wide)
+    end = torch.cat(sample_runs(averaged, quota)).to(start.device, wide, non_blocking=True)
     weight = dense_values(live).numel() / max(1, start.numel())
     return weight * torch.stack(((end - start).square().sum(), start.square().sum()))
 

@@ -141,7 +141,8 @@ class Drift:
         moved_fraction: share of the values whose bits changed (rounding of half precision shows here).
         sampled: number of values looked at.
         total: number of values there are; equal to ``sampled`` for an exact reading.
-        relative_error: one standard error of ``update_norm`` from sampling, relative; 0.0 when exact.
+        relative_error: bound on one standard error of ``update_norm`` from sampling, relative; 0.0 when
+            exact.
     """
 
     name: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,10 @@ from torch import Tensor
 from gradguard.norms import dense_values
 
 SAMPLES_PER_TENSOR = 1024
-SAMPLE_BUDGET = 32_768
+SAMPLE_BUDGET = 16_384
+_SHORTEST_RUN = 8
+_VALUES_PER_RUN = 1024
+_LEAST_PER_TENSOR = 64
 _TABLE_MIN_ROWS = 1024
 _TABLE_ROWS, _TABLE_COLUMNS = 8, 16
 
@@ -21,7 +23,7 @@ def sample_quota(
     tensors: int, *, per_tensor: int = SAMPLES_PER_TENSOR, budget: int = SAMPLE_BUDGET
 ) -> int:
     """Return how many values to look at in each of ``tensors`` tensors."""
-    return max(16, min(per_tensor, budget // max(1, tensors)))
+    return max(_LEAST_PER_TENSOR, min(per_tensor, budget // max(1, tensors)))
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -29,12 +31,42 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def sample_runs(tensor: Tensor, quota: int) -> list[Tensor]:
+    """Return 1-D views into ``tensor``: all of it if it has at most ``quota`` values, else evenly spaced runs.
+
+    Nothing is copied: the views show what the tensor holds whenever they are read. Runs are contiguous
+    because torch concatenates those by plain copies, strided views by one kernel each; and a small
+    tensor has two, because what is left of the cost is the number of views.
+    """
+    values = dense_values(tensor)
+    packed = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
+    if not packed.is_contiguous():
+        # Holes or overlaps in memory: one row is the most that has a single stride.
+        return [values[(0,) * (values.dim() - 1)][:quota]]
+    flat = packed.view(-1)
+    if len(flat) <= quota:
+        return [flat]
+    runs = max(2, min(len(flat) // _VALUES_PER_RUN, quota // _SHORTEST_RUN))
+    length = quota // runs
+    starts = [index * (len(flat) - length) // (runs - 1) for index in range(runs)]
+    return [flat[start : start + length] for start in starts]
+
+
 @dataclass(frozen=True, slots=True)
 class SampleLayout:
-    """How the samples lie: how many per parameter, and how many values each one stands for."""
+    """How the samples lie.
+
+    Attributes:
+        sizes: how many there are per parameter.
+        weights: how many values each sample stands for.
+        error_weights: factor of its fourth power in the sampling variance of a sum of squares:
+            Horvitz-Thompson's with the second moment in place of the variance, as if the values of one
+            run all moved alike. An upper bound; 0 where everything is looked at.
+    """
 
     sizes: tuple[int, ...]
     weights: Tensor
+    error_weights: Tensor
 
 
 class ParameterSample:
@@ -49,11 +81,12 @@ class ParameterSample:
     def __init__(self, parameters: Sequence[Tensor], *, per_tensor: int, budget: int) -> None:
         self._parameters = tuple(parameters)
         quota = sample_quota(len(self._parameters), per_tensor=per_tensor, budget=budget)
-        self._views = [strided_view(p, quota) for p in self._parameters]
+        self._runs = [sample_runs(p, quota) for p in self._parameters]
+        self._views = [run for runs in self._runs for run in runs]
         self._tables = [i for i, p in enumerate(self._parameters) if _is_table(p, quota)]
         self._rows: dict[int, Tensor] = {}
         self._layouts: dict[tuple[tuple[int, int], ...], SampleLayout] = {}
-        self.counts = [view.numel() for view in self._views]
+        self.counts = [sum(run.numel() for run in runs) for runs in self._runs]
         self.totals = [dense_values(p).numel() for p in self._parameters]
 
     def aim(self, gradients: Sequence[Tensor | None]) -> None:
@@ -69,8 +102,8 @@ class ParameterSample:
         if not self._rows:
             return torch.cat(self._views)
         pieces: list[Tensor] = []
-        for index, view in enumerate(self._views):
-            pieces.append(view)
+        for index, runs in enumerate(self._runs):
+            pieces += runs
             if index in self._rows:
                 pieces.append(_table_rows(self._parameters[index], self._rows[index]))
         return torch.cat(pieces)
@@ -85,29 +118,25 @@ class ParameterSample:
     def _new_layout(self) -> SampleLayout:
         device = self._views[0].device
         wide = wide_dtype(device)
-        sizes, runs = [], []
-        for index, count in enumerate(self.counts):
-            weight = self.totals[index] / max(1, count)
-            runs.append(torch.full((count,), weight, dtype=wide))
-            extra = 0
-            if index in self._rows:
-                columns = min(_TABLE_COLUMNS, self._parameters[index][0].numel())
-                extra = len(self._rows[index]) * columns
-                runs.append(torch.ones(extra, dtype=wide))
-            sizes.append(count + extra)
-        return SampleLayout(tuple(sizes), torch.cat(runs).to(device, non_blocking=True))
+        sizes: list[int] = []
+        weights: list[Tensor] = []
+        lengths: list[Tensor] = []
+        for index, runs in enumerate(self._runs):
+            extra = self._table_samples(index)
+            weight = self.totals[index] / max(1, self.counts[index])
+            weights += [torch.full((self.counts[index],), weight, dtype=wide), torch.ones(extra)]
+            lengths += [torch.full((run.numel(),), float(run.numel())) for run in runs]
+            lengths.append(torch.zeros(extra))
+            sizes.append(self.counts[index] + extra)
+        every = torch.cat(weights).to(device, wide, non_blocking=True)
+        run_lengths = torch.cat(lengths).to(device, wide, non_blocking=True)
+        return SampleLayout(tuple(sizes), every, run_lengths * (every - 1) * every)
 
-
-def strided_view(parameter: Tensor, quota: int) -> Tensor:
-    """Return a 1-D view of at most ``quota`` values, evenly spaced in memory, without copying."""
-    values = dense_values(parameter)
-    order = sorted(range(values.dim()), key=values.stride, reverse=True)
-    packed = values.permute(order)
-    if packed.is_contiguous():
-        step = max(1, math.ceil(packed.numel() / quota))
-        return packed.view(-1)[::step]
-    # Holes or overlaps in memory: one row is the most that has a single stride.
-    return values[(0,) * (values.dim() - 1)][:quota]
+    def _table_samples(self, index: int) -> int:
+        if index not in self._rows:
+            return 0
+        columns = min(_TABLE_COLUMNS, self._parameters[index][0].numel())
+        return len(self._rows[index]) * columns
 
 
 def _is_table(parameter: Tensor, quota: int) -> bool:

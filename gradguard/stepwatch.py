@@ -30,6 +30,9 @@ from gradguard.window import Number, Window
 _ALERT_STEPS = 32
 """How many steps non-finite entries are counted exactly after a gradient was not finite."""
 
+_PROBES = 8
+"""How many parameters are asked on every step where their values lie; on detailed steps all are."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchSettings:
@@ -114,6 +117,7 @@ class OptimizerWatch:
     def _read_parameters(self) -> None:
         groups = self._optimizer.param_groups
         self._parameters = [p for group in groups for p in group["params"]]
+        self._identities = [id(p) for p in self._parameters]
         self._places = _places(self._parameters)
         self._device = self._parameters[0].device
         self._names = [
@@ -128,11 +132,19 @@ class OptimizerWatch:
             )
 
     def _refresh(self) -> None:
-        """Notice added groups and parameters that were given new storage."""
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        if _places(parameters) != self._places:
+        """Notice added groups and parameters that were given new storage.
+
+        Detailed steps look at all of them, the others at a few: what moves a model moves every tensor.
+        """
+        groups = self._optimizer.param_groups
+        known = [id(p) for group in groups for p in group["params"]] == self._identities
+        stride = 1 if self._is_detailed() else max(1, len(self._parameters) // _PROBES)
+        if not known or _places(self._parameters[::stride]) != self._places[::stride]:
             self._read_parameters()
             self._backwards.listen(self._parameters)
+
+    def _is_detailed(self) -> bool:
+        return self._steps % self._settings.detail_every == 0
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +198,7 @@ class OptimizerWatch:
             step=self._steps,
             optimizer=self.name,
             names=self._names,
-            detailed=self._steps % self._settings.detail_every == 0,
+            detailed=self._is_detailed(),
             learning_rates=[group["lr"] for group in groups if "lr" in group],
             window=self._window,
             with_gradient=[i for i, g in enumerate(gradients) if g is not None],

@@ -197,13 +197,13 @@ class CovarianceNetwork(nn.Module):
             spectral = spectrum_features(eigenvalues)
         state = self.spectrum_fusion(self.lag_fusion(state, lags), spectral)
         azimuth, elevation = self.grid(self.grid_logits(state))
-        angles = self.aux_angles(state).float()
+        angles, distance_m = self._positions(state)
         return Prediction(
             angle_factor=angle,
             range_factor=ranged,
             aux_azimuth_rad=angles[..., :MAX_SOURCES],
             aux_elevation_rad=angles[..., MAX_SOURCES:],
-            aux_range_m=RANGE_UNIT_M * nn.functional.softplus(self.aux_range(state).float()),
+            aux_range_m=distance_m,
             grid_azimuth_rad=azimuth,
             grid_elevation_rad=elevation,
             k_logits=self._count_logits(state, eigenvalues, observed.snr_db),
@@ -214,6 +214,17 @@ class CovarianceNetwork(nn.Module):
         beams = nn.functional.gelu(self.beams(observed.beam_map.flatten(1)))
         parts = [self.snapshots(observed.snapshots), beams, self.codes(observed.codes)]
         return nn.functional.gelu(self.fusion(torch.cat(parts, dim=-1)))
+
+    def _positions(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the auxiliary angles [B, 10] and distances [B, 5], in single precision.
+
+        In half precision the gradients of these biases, sums over a batch of like signs, overflow
+        at a loss scale that suits all other tensors, and in the middle of a run.
+        """
+        with torch.autocast(state.device.type, enabled=False):
+            state = state.float()
+            distance_m = RANGE_UNIT_M * nn.functional.softplus(self.aux_range(state))
+            return self.aux_angles(state), distance_m
 
     def _count_logits(self, state: Tensor, eigenvalues: Tensor, snr_db: Tensor) -> Tensor:
         """Return [B, 5]: the mean of what the state and the predicted spectrum say, scaled."""

@@ -58,7 +58,7 @@ def test_sampled_norms_lie_within_their_stated_error(seed):
     report = moved_by([update], [weight])
     drift = report.overall
     assert not drift.exact
-    assert 0 < drift.relative_error < 0.2
+    assert 0 < drift.relative_error < 0.3
     error = abs(drift.update_norm / float(update.norm()) - 1)
     assert error < 5 * drift.relative_error
 
