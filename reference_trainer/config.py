@@ -106,11 +106,15 @@ class PrecisionConfig:
     Attributes:
         mode: "fp32", "bf16" (autocast) or "fp16" (autocast and a gradient scaler).
         initial_loss_scale: where the gradient scaler starts in fp16; may be written 2**24.
+        backoff_factor: what an overflow leaves of the loss scale. A quarter, where torch takes half,
+            finds the level in half as many skipped steps and leaves room: gradients about double in
+            the middle of a run.
         growth_interval: good steps after which the gradient scaler doubles its scale.
     """
 
     mode: Precision = "fp32"
     initial_loss_scale: LossScale = 2.0**16
+    backoff_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
     growth_interval: Count = 2000
 
 

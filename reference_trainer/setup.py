@@ -94,6 +94,7 @@ def assemble(config: Config, device: torch.device) -> Parts:
             device.type,
             enabled=config.precision.mode == "fp16",
             init_scale=config.precision.initial_loss_scale,
+            backoff_factor=config.precision.backoff_factor,
             growth_interval=config.precision.growth_interval,
         ),
         schedule=warmup_cosine(
