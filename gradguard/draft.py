@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradguard.drift import DriftLayout, DriftReport
-from gradguard.paths import state_of_flag
+from gradguard.paths import path_state
 from gradguard.records import (
     GateDecision,
     ParameterReading,
@@ -187,16 +187,16 @@ class Draft:
     def _parameters(
         self, found: Values, norms: Sequence[float], report: DriftReport | None
     ) -> tuple[ParameterReading, ...] | None:
-        flags = found.get("paths")
-        if not self.detailed or flags is None:
+        sums = found.get("paths")
+        if not self.detailed or sums is None:
             return None
         norm_of = dict(zip(self.with_gradient, norms, strict=True))
-        flag_of = dict(zip(self.with_gradient, flags, strict=True))
+        sum_of = dict(zip(self.with_gradient, sums, strict=True))
         drifts = report.parameters if report is not None else ()
         return tuple(
             ParameterReading(
                 name=name,
-                path=state_of_flag(flag_of[i]) if i in flag_of else PathState.NO_GRADIENT,
+                path=path_state(sum_of[i]) if i in sum_of else PathState.NO_GRADIENT,
                 gradient_norm=norm_of.get(i),
                 drift=drifts[i] if drifts else None,
             )

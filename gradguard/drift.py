@@ -21,6 +21,7 @@ from gradguard.sampling import (
     SAMPLE_BUDGET,
     SAMPLES_PER_TENSOR,
     ParameterSample,
+    group_index,
     sample_quota,
     sample_runs,
     wide_dtype,
@@ -109,6 +110,8 @@ class DriftMeter:
                 f"but there are {len(named)} parameters"
             )
         self._exact = exact
+        device = self._parameters[0].device
+        self._group_of = group_index(self._group_sizes).to(device, non_blocking=True)
         self._sample = ParameterSample(self._parameters, per_tensor=per_tensor, budget=budget)
         self._before: Tensor | list[Tensor] | None = None
         self.layout = DriftLayout(
@@ -162,16 +165,17 @@ class DriftMeter:
     def _sampled_sums(self, before: Tensor, *, detailed: bool) -> Tensor:
         after = self._sample.take()
         layout = self._sample.layout()
-        sizes = list(layout.sizes) if detailed else _merged(layout.sizes, self._group_sizes)
         wide = layout.weights.dtype
         runs = (before.to(wide), after.to(wide), layout.weights, layout.error_weights)
-        if len(sizes) == 1:
-            return torch.stack(_sampled_sums(*runs))
-        pieces = zip(*(torch.split(run, sizes) for run in runs), strict=True)
-        return torch.stack([value for piece in pieces for value in _sampled_sums(*piece)])
+        if not detailed and len(self._group_sizes) == 1:
+            return torch.stack(_whole_sums(*runs))
+        owners = layout.parameters if detailed else self._group_of[layout.parameters]
+        rows = len(self._parameters) if detailed else len(self._group_sizes)
+        sums = torch.zeros(rows, _FIELDS, dtype=wide, device=before.device)
+        return sums.index_add_(0, owners, _summands(*runs)).reshape(-1)
 
 
-def _sampled_sums(
+def _whole_sums(
     before: Tensor, after: Tensor, weights: Tensor, error_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return update^2, its sampling variance, values moved, weight^2, all 0-dim.
@@ -185,6 +189,14 @@ def _sampled_sums(
         torch.dot(weights, (square != 0).to(weights.dtype)),
         torch.dot(weights * before, before),
     )
+
+
+def _summands(before: Tensor, after: Tensor, weights: Tensor, error_weights: Tensor) -> Tensor:
+    """Return what :func:`_whole_sums` adds up, of shape ``(n, 4)``."""
+    square = (after - before).square_()
+    moved = weights * (square != 0)
+    error = error_weights * square * square
+    return torch.stack((weights * square, error, moved, weights * before * before), dim=1)
 
 
 def _exact_sums(before: Tensor, after: Tensor) -> Tensor:

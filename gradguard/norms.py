@@ -52,8 +52,10 @@ def dense_values(tensor: Tensor) -> Tensor:
     return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
 
 
-def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm of every tensor as a vector of shape ``(len(tensors),)``.
+def tensor_norms(tensors: Sequence[Tensor], *, order: int = 2) -> Tensor:
+    """Return the norm of every tensor as a vector of shape ``(len(tensors),)``: L2, or L1 with order 1.
+
+    The L1 norm is 0 exactly when every entry is 0; the squares of an L2 norm underflow below 1e-23.
 
     Half-precision inputs are accumulated in float32 (their own dtype overflows at 65504); the result is
     float32, or float64 when an input is. A norm can be infinite although every entry is finite: in
@@ -67,21 +69,23 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
         if type(first) is Tensor and first.dtype in _FOREACH_DTYPES:
             try:
-                norms = torch._foreach_norm(list(tensors), 2, dtype=_FOREACH_DTYPES[first.dtype])
+                norms = torch._foreach_norm(
+                    list(tensors), order, dtype=_FOREACH_DTYPES[first.dtype]
+                )
                 return torch.stack(norms)
             except (NotImplementedError, RuntimeError):
                 # A mixture: sparse or distributed tensors, several devices, float64 among float32.
                 # Asking every tensor first would cost as much as the norms of small ones.
-                return _norms_one_by_one(tensors)
-        return _norms_one_by_one(tensors)
+                return _norms_one_by_one(tensors, order)
+        return _norms_one_by_one(tensors, order)
 
 
-def _norms_one_by_one(tensors: Sequence[Tensor]) -> Tensor:
+def _norms_one_by_one(tensors: Sequence[Tensor], order: int) -> Tensor:
     """Return the same as :func:`tensor_norms`, for every mixture of layouts, dtypes and devices."""
     values = [dense_values(t) for t in tensors]
     wide = torch.float64 if any(v.dtype is torch.float64 for v in values) else torch.float32
     device = values[0].device
-    norms = [torch.linalg.vector_norm(v, dtype=wide) for v in values]
+    norms = [torch.linalg.vector_norm(v, order, dtype=wide) for v in values]
     return torch.stack([n.to(device, non_blocking=True) for n in norms])
 
 

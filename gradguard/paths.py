@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from gradguard.norms import dense_values, tensor_norms
+from gradguard.norms import tensor_norms
 from gradguard.records import PathReading, PathState
 
 
@@ -111,46 +112,24 @@ def gradient_readings(
     """
     named = [(name, p) for name, p in named_parameters(model) if p.requires_grad]
     gradients = {name: p.grad for name, p in named if p.grad is not None}
-    states = path_states(gradients)
-    norms = dict(zip(gradients, tensor_norms(list(gradients.values())).tolist(), strict=True))
+    tensors = list(gradients.values())
+    both = torch.stack((tensor_norms(tensors, order=1), tensor_norms(tensors))).tolist()
+    found = dict(zip(gradients, zip(*both, strict=True), strict=True))
     return tuple(
         PathReading(
             name=name,
-            state=states.get(name, PathState.NO_GRADIENT),
-            gradient_norm=norms.get(name),
+            state=path_state(found[name][0]) if name in found else PathState.NO_GRADIENT,
+            gradient_norm=found[name][1] if name in found else None,
         )
         for name, _ in named
     )
 
 
-def path_states(gradients: Mapping[str, Tensor]) -> dict[str, PathState]:
-    """Classify gradients by their entries (a norm underflows to 0 on tiny ones). Sync: one copy."""
-    if not gradients:
-        return {}
-    flags = path_flags(list(gradients.values())).tolist()
-    return {name: state_of_flag(flag) for name, flag in zip(gradients, flags, strict=True)}
-
-
-def path_flags(gradients: list[Tensor]) -> Tensor:
-    """Return 0 (exactly zero), 1 (live) or 2 (non-finite) per gradient, int64. Sync: none."""
-    with torch.no_grad():
-        home = gradients[0].device
-        return torch.stack([_path_flag(g).to(home, non_blocking=True) for g in gradients])
-
-
-def _path_flag(gradient: Tensor) -> Tensor:
-    values = dense_values(gradient)
-    if values.numel() == 0:
-        return torch.zeros((), dtype=torch.int64, device=values.device)
-    low, high = values.aminmax()  # one pass; NaN anywhere makes both NaN
-    live = (low != 0) | (high != 0)
-    finite = low.isfinite() & high.isfinite()
-    return torch.where(finite, live.to(torch.int64), 2)
-
-
-def state_of_flag(flag: float) -> PathState:
-    """Return the state behind one value of :func:`path_flags`."""
-    return (PathState.ZERO, PathState.LIVE, PathState.NONFINITE)[int(flag)]
+def path_state(l1_norm: float) -> PathState:
+    """Classify a gradient by its L1 norm, which is 0 only for zeros and seldom overflows."""
+    if l1_norm == 0.0:
+        return PathState.ZERO
+    return PathState.LIVE if math.isfinite(l1_norm) else PathState.NONFINITE
 
 
 def named_parameters(

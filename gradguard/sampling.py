@@ -31,6 +31,12 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def group_index(sizes: Sequence[int]) -> Tensor:
+    """Return 0 ``sizes[0]`` times, then 1 ``sizes[1]`` times, and so on: int64 on the CPU."""
+    indices = [index for index, size in enumerate(sizes) for _ in range(size)]
+    return torch.tensor(indices, dtype=torch.int64)
+
+
 def sample_runs(tensor: Tensor, quota: int) -> list[Tensor]:
     """Return 1-D views into ``tensor``: all of it if it has at most ``quota`` values, else evenly spaced runs.
 
@@ -57,14 +63,14 @@ class SampleLayout:
     """How the samples lie.
 
     Attributes:
-        sizes: how many there are per parameter.
+        parameters: index of the parameter each sample belongs to, int64.
         weights: how many values each sample stands for.
         error_weights: factor of its fourth power in the sampling variance of a sum of squares:
             Horvitz-Thompson's with the second moment in place of the variance, as if the values of one
             run all moved alike. An upper bound; 0 where everything is looked at.
     """
 
-    sizes: tuple[int, ...]
+    parameters: Tensor
     weights: Tensor
     error_weights: Tensor
 
@@ -130,7 +136,8 @@ class ParameterSample:
             sizes.append(self.counts[index] + extra)
         every = torch.cat(weights).to(device, wide, non_blocking=True)
         run_lengths = torch.cat(lengths).to(device, wide, non_blocking=True)
-        return SampleLayout(tuple(sizes), every, run_lengths * (every - 1) * every)
+        owners = group_index(sizes).to(device, non_blocking=True)
+        return SampleLayout(owners, every, run_lengths * (every - 1) * every)
 
     def _table_samples(self, index: int) -> int:
         if index not in self._rows:

@@ -23,7 +23,6 @@ from gradguard.draft import Draft
 from gradguard.drift import DriftMeter, averaged_distance
 from gradguard.gate import StepGate
 from gradguard.norms import nonfinite_counts, tensor_norms
-from gradguard.paths import path_flags
 from gradguard.scaler import innermost_optimizer, loss_scale, optimizer_keys, read_scaler
 from gradguard.window import Number, Window
 
@@ -221,7 +220,7 @@ class OptimizerWatch:
         scale = getattr(self._optimizer, "grad_scale", None)  # fused: the step itself unscales
         draft.put("norms", norms if scale is None else norms / scale.to(norms.device))
         if draft.detailed:
-            draft.put("paths", path_flags(present))
+            draft.put("paths", tensor_norms(present, order=1))
         if self._alert_steps:
             draft.put("counts", nonfinite_counts(present))
             self._alert_steps = max(0, self._alert_steps - 1)

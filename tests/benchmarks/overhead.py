@@ -4,8 +4,8 @@
 
 Two identical trainings take turns, step by step, in one process; the guard sits on one of them for half
 of the run and then on the other, so that neither memory layout nor drift of the machine's speed can
-favour one side. A ratio is the median guarded step, plus the share of the detailed steps, over the median
-bare step. One torch thread: on small virtual machines two are slower and noisier.
+favour one side. A ratio is the median over pairs of neighbouring steps, guarded over bare, plus the share of
+the steps that are measured in detail. One torch thread: on small virtual machines two are slower and noisier.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,10 @@ def one_half(guarded: Training, bare: Training, *, steps: int) -> float:
             ]
             for times, work in turns if index % 2 else reversed(turns):
                 times.append(timed(work))
-    detailed = statistics.median(with_guard[::DETAIL_EVERY])
-    ordinary = statistics.median(t for i, t in enumerate(with_guard) if i % DETAIL_EVERY)
-    amortised = ordinary + max(0.0, detailed - ordinary) / DETAIL_EVERY
-    return amortised / statistics.median(without)
+    ratios = [one / other for one, other in zip(with_guard, without, strict=True)]
+    detailed = statistics.median(ratios[::DETAIL_EVERY])
+    ordinary = statistics.median(r for i, r in enumerate(ratios) if i % DETAIL_EVERY)
+    return ordinary + max(0.0, detailed - ordinary) / DETAIL_EVERY
 
 
 def memory_fraction(make: Callable[[], Training]) -> float:
@@ -112,12 +113,11 @@ def memory_fraction(make: Callable[[], Training]) -> float:
 def live_bytes() -> int:
     """Return the bytes of all tensor storages that are alive."""
     gc.collect()
-    sizes = {}
-    for found in gc.get_objects():
-        if isinstance(found, torch.Tensor):
-            storage = found.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at every object wakes deprecated ones
+        tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def host_reads_per_step(make: Callable[[], Training], *, steps: int = 20) -> float:
