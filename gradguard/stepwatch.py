@@ -92,7 +92,7 @@ class OptimizerWatch:
             before=lambda closure: protect("step", partial(self._begin, closure=closure)),
             after=lambda: protect("step", self._returned),
         )
-        weakref.finalize(inner, self._forget)
+        self._finalizer = weakref.finalize(inner, self._forget)
 
     @property
     def _optimizer(self) -> Optimizer:
@@ -106,7 +106,7 @@ class OptimizerWatch:
         return None if self._scaler_ref is None else self._scaler_ref()
 
     def _forget(self) -> None:
-        """Let go of the parameters once the optimizer is gone."""
+        """Let go of the parameters, once the optimizer is gone or watching has ended."""
         self._parameters.clear()
         self._places.clear()
         self._meter = None
@@ -346,9 +346,11 @@ class OptimizerWatch:
         self.commit()
 
     def close(self) -> None:
-        """Remove every hook."""
+        """Remove every hook and let go of everything that is watched."""
         self._handles.close()
         self._backwards.close()
+        self._finalizer.detach()
+        self._forget()
 
 
 def _places(parameters: list[Tensor]) -> list[int]:

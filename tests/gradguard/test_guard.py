@@ -370,6 +370,21 @@ def test_the_guard_keeps_neither_model_nor_optimizer_alive():
     assert len(guard.log) == 1
 
 
+def test_a_detached_guard_is_garbage_while_its_optimizer_lives():
+    """Nothing that outlives the block refers to the guard: not the optimizer, no registry, no hook."""
+    model, optimizer = setup()
+    scaler = torch.amp.GradScaler("cpu")
+    guard = gg.watch(model, optimizer, scaler=scaler, averaged=copy.deepcopy(model))
+    scaler.scale(nn.functional.mse_loss(model(torch.ones(2, 6)), torch.ones(2, 2))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    guard.detach()
+    gone = weakref.ref(guard)
+    del guard
+    gc.collect()
+    assert gone() is None
+
+
 def test_watched_objects_copy_and_pickle():
     """Model and optimizer can be deep-copied and saved while watched; copies carry no hooks."""
     model, optimizer = setup()
