@@ -63,6 +63,31 @@ def test_sampled_norms_lie_within_their_stated_error(seed):
     assert error < 5 * drift.relative_error
 
 
+@pytest.mark.parametrize("sizes", [[3], [1, 2]])
+def test_ordinary_and_detailed_sums_agree(sizes):
+    """One row per group and one row per parameter give the same whole and the same groups."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.randn(n, generator=generator) for n in (5000, 7, 40_000)]
+    named = [(str(i), p) for i, p in enumerate(parameters)]
+    meters = [gg.DriftMeter(named, group_sizes=sizes) for _ in range(2)]
+    for meter in meters:
+        meter.mark()
+    for parameter in parameters:
+        parameter.mul_(1 + 0.1 * torch.rand(len(parameter), generator=generator))
+    reports = [
+        meter.layout.report(meter.sums(detailed=detailed).tolist(), detailed=detailed)
+        for meter, detailed in zip(meters, (False, True), strict=True)
+    ]
+    for one, other in zip(
+        (reports[0].overall, *reports[0].groups),
+        (reports[1].overall, *reports[1].groups),
+        strict=True,
+    ):
+        for field in ("update_norm", "weight_norm", "moved_fraction", "relative_error"):
+            assert getattr(one, field) == pytest.approx(getattr(other, field), rel=1e-9)
+    assert reports[0].overall.relative_error > 0
+
+
 def test_groups_add_up_and_keep_their_order():
     """Group readings are the parameters of each group, in order; sizes that do not fit are refused."""
     parameters = [torch.ones(2), torch.ones(3), torch.ones(4)]

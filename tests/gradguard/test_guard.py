@@ -103,7 +103,7 @@ def test_an_observed_tensor_may_be_written_afterwards():
     """The value at the time of the call counts, although the user adds to the tensor later."""
     model, optimizer = setup()
     with gg.watch(model, optimizer, strict=True) as guard:
-        loss = backward(model, batches(1)[0]).detach()
+        loss = backward(model, batches(1)[0]).detach().double()
         expected = float(loss)
         guard.observe(loss=loss, reported_loss=7.0)
         loss.add_(100.0)

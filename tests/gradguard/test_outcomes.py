@@ -199,6 +199,26 @@ def test_sparse_rows_that_no_sample_sees_count_as_motion():
         assert [r.outcome for r in guard.log] == [APPLIED]
 
 
+@pytest.mark.parametrize("unscale", [False, True], ids=["implicit", "explicit"])
+@pytest.mark.parametrize("optimizer_name", ["adamw-default", "adamw-fused"])
+def test_the_gradient_norm_is_unscaled(optimizer_name, unscale):
+    """The recorded norm is that of the true gradient, also where a fused step unscales by itself."""
+    net = small_net()
+    (batch,) = batches(1)
+    nn.functional.mse_loss(net(batch.x), batch.y).backward()
+    expected = float(gg.global_norm([p.grad for p in net.parameters()]))
+    net.zero_grad()
+    optimizer = make_optimizer(optimizer_name, net.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    with gg.watch(net, optimizer, scaler=scaler, strict=True) as guard:
+        scaler.scale(nn.functional.mse_loss(net(batch.x), batch.y)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert guard.log[0].gradient_norm == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("optimizer_class", [torch.optim.LBFGS, torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("by_name", [False, True])
 def test_gradients_computed_by_a_closure_count(optimizer_class, by_name):

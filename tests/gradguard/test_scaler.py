@@ -153,18 +153,19 @@ def test_update_is_put_back_when_the_last_watch_ends():
 
 
 def test_a_subclass_that_calls_super_update_is_read_once():
-    """One record per step although both classes' update() run."""
+    """One record per step although both classes' update() run, with the scale the outer one left."""
 
     class Chatty(GradScaler):
         def update(self, new_scale=None):
             super().update(new_scale)
+            self._scale.fill_(32.0)
 
     original = Chatty.update
     model, optimizer, scaler = scaled_setup(scaler=Chatty("cpu", init_scale=8.0))
     with gg.watch(model, optimizer, scaler=scaler, strict=True) as guard:
         scaler.step(optimizer)
         scaler.update()
-    assert len(guard.log) == 1
+    assert [(r.loss_scale_before, r.loss_scale_after) for r in guard.log] == [(8.0, 32.0)]
     assert Chatty.update is original
 
 
