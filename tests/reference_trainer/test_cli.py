@@ -186,3 +186,18 @@ def test_a_disk_that_fills_up_loses_nothing_recorded(tmp_path: Path) -> None:
     assert run_read.problems == ()
     assert len(run_read.log) == 2
     assert not (directory / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("missing", ["pydantic", "typer"])
+def test_without_an_extra_one_line_says_what_to_install(missing):
+    """Where a library of the trainer extra is missing, the command names it and exits with 1."""
+    code = (
+        f"import sys, runpy; sys.modules[{missing!r}] = None; sys.argv = ['reference_trainer']; "
+        "runpy.run_module('reference_trainer', run_name='__main__')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr == (
+        f"error: the reference trainer needs {missing}; "
+        "install it with: pip install gradguard[trainer]\n"
+    )
