@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
@@ -48,7 +48,7 @@ class Guard:
         self._listeners: list[Listener] = []
         self._broken: set[str] = set()
         self._reported: set[str] = set()
-        self._update_watch: UpdateWatch | None = None
+        self._update_watches: list[UpdateWatch] = []
         self._recorder: RunDirectory | None = None
         self._depth, self._spent_s = 0, 0.0
         self._rows: DeferredRows[tuple[OptimizerWatch, Draft]] = DeferredRows(
@@ -104,19 +104,25 @@ class Guard:
                 watch.count_batch()
             yield batch
 
-    def before_update(self) -> None:
+    def before_update(self, optimizer: str | None = None) -> None:
         """Read the scaler right before ``scaler.update()``; only for ``watch(..., wrap_update=False)``.
 
+        Args:
+            optimizer: name of the optimizer whose scaler is updated; default all.
+
         Sync: none.
         """
-        self._protect("scaler", self._before_update)
+        self._protect("scaler", partial(self._before_update, self._chosen(optimizer)))
 
-    def after_update(self) -> None:
+    def after_update(self, optimizer: str | None = None) -> None:
         """Read the scaler right after ``scaler.update()``; only for ``watch(..., wrap_update=False)``.
 
+        Args:
+            optimizer: name of the optimizer whose scaler was updated; default all.
+
         Sync: none.
         """
-        self._protect("scaler", self._after_update)
+        self._protect("scaler", partial(self._after_update, self._chosen(optimizer)))
 
     def subscribe(self, listener: Listener) -> None:
         """Call ``listener(record)`` for every record once it has arrived; a fault in it is a finding."""
@@ -145,9 +151,9 @@ class Guard:
         self.flush()
         for watch in self._watches.values():
             watch.close()
-        if self._update_watch is not None:
-            self._update_watch.remove()
-            self._update_watch = None
+        for update_watch in self._update_watches:
+            update_watch.remove()
+        self._update_watches = []
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             self._recording(recorder.close)
@@ -169,9 +175,16 @@ class Guard:
         """Take over one optimizer."""
         self._watches[watch.name] = watch
 
-    def follow_updates(self, scaler: GradScaler) -> None:
-        """Read ``scaler`` around each of its updates."""
-        self._update_watch = UpdateWatch(scaler, before=self.before_update, after=self.after_update)
+    def follow_updates(self, scaler: GradScaler, names: Sequence[str]) -> None:
+        """Read ``scaler`` around each of its updates, for the optimizers with these names."""
+        watches = [self._watches[name] for name in names]
+        self._update_watches.append(
+            UpdateWatch(
+                scaler,
+                before=lambda: self._protect("scaler", partial(self._before_update, watches)),
+                after=lambda: self._protect("scaler", partial(self._after_update, watches)),
+            )
+        )
 
     def record_to(self, directory: RunDirectory) -> None:
         """Write every record and finding to ``directory`` too."""
@@ -197,14 +210,14 @@ class Guard:
             )
         return [self._watches[optimizer]]
 
-    def _before_update(self) -> None:
-        for watch in self._watches.values():
+    def _before_update(self, watches: Sequence[OptimizerWatch]) -> None:
+        for watch in watches:
             if watch.stepped_without_scaler():
                 self._report_bypass(watch)
             watch.before_update()
 
-    def _after_update(self) -> None:
-        for watch in self._watches.values():
+    def _after_update(self, watches: Sequence[OptimizerWatch]) -> None:
+        for watch in watches:
             watch.after_update()
 
     def _deliver(self, token: tuple[OptimizerWatch, Draft], values: list[float]) -> None:
@@ -244,7 +257,8 @@ class Guard:
                 severity=Severity.ERROR,
                 message=f"optimizer {watch.name!r} was stepped, but the watched GradScaler has not "
                 "seen it in this iteration: call scaler.step(optimizer) instead of optimizer.step(), "
-                "and pass watch() the scaler that this optimizer is stepped with",
+                "and pass watch() the scaler that this optimizer is stepped with (or a mapping from "
+                "optimizer name to scaler, with None for an optimizer that has none)",
             )
         )
 

@@ -19,7 +19,7 @@ def watch(
     model: nn.Module,
     optimizer: object,
     *,
-    scaler: GradScaler | None = None,
+    scaler: GradScaler | Mapping[str, GradScaler | None] | None = None,
     gate: StepGate | Mapping[str, StepGate] | None = None,
     averaged: nn.Module | Mapping[str, Tensor] | None = None,
     run: str | Path | RunDirectory | None = None,
@@ -39,7 +39,8 @@ def watch(
     Args:
         model: gives the parameters their names; it is not kept.
         optimizer: the optimizer, or a mapping from name to optimizer.
-        scaler: the ``GradScaler`` whose ``step`` and ``update`` the loop calls.
+        scaler: the ``GradScaler`` whose ``step`` and ``update`` the loop calls, or a mapping from
+            optimizer name to scaler where they differ or some have none.
         gate: the ``StepGate`` of the optimizer, or a mapping from optimizer name to gate.
         averaged: averaged copy of the model (EMA, SWA) whose lag is read on detailed steps: a module
             or a mapping from parameter name to tensor.
@@ -62,8 +63,7 @@ def watch(
     _check_numbers(drift=drift, detail_every=detail_every, lag=lag)
     names = _parameter_names(model, optimizers)
     gates = gate if isinstance(gate, Mapping) else dict.fromkeys(optimizers, gate)
-    if scaler is not None:
-        check_scaler(scaler)
+    scalers = _scalers_by_name(scaler, optimizers)
     guard = Guard(lag=lag, strict=strict)
     if run is not None:
         directory = run if isinstance(run, RunDirectory) else RunDirectory.create(run)
@@ -75,16 +75,37 @@ def watch(
                 one,
                 parameter_names=names,
                 settings=WatchSettings(detail_every=detail_every, drift=drift),
-                scaler=scaler,
+                scaler=scalers[name],
                 gate=gates.get(name),
                 averaged=_averaged_by_name(averaged),
                 protect=guard.protect,
                 emit=guard.emit,
             )
         )
-    if scaler is not None and scaler.is_enabled() and wrap_update:
-        guard.follow_updates(scaler)
+    if wrap_update:
+        _follow(guard, scalers)
     return guard
+
+
+def _scalers_by_name(
+    scaler: GradScaler | Mapping[str, GradScaler | None] | None, optimizers: Mapping[str, object]
+) -> dict[str, GradScaler | None]:
+    if not isinstance(scaler, Mapping):
+        return dict.fromkeys(optimizers, None if scaler is None else check_scaler(scaler))
+    unknown = sorted(set(scaler) - set(optimizers))
+    if unknown:
+        raise ValueError(
+            f"watch(): scalers are given for {unknown}, but the optimizers are {sorted(optimizers)}"
+        )
+    given = {name: scaler.get(name) for name in optimizers}
+    return {name: None if one is None else check_scaler(one) for name, one in given.items()}
+
+
+def _follow(guard: Guard, scalers: Mapping[str, GradScaler | None]) -> None:
+    """Watch the updates of every enabled scaler once, for all optimizers on it."""
+    enabled = {name: one for name, one in scalers.items() if one is not None and one.is_enabled()}
+    for scaler in {id(one): one for one in enabled.values()}.values():
+        guard.follow_updates(scaler, [name for name, one in enabled.items() if one is scaler])
 
 
 def _named_optimizers(optimizer: object) -> dict[str, object]:

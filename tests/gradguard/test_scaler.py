@@ -212,6 +212,33 @@ def test_stepping_past_the_scaler_is_a_finding():
     assert "call scaler.step(optimizer)" in finding.message
 
 
+def test_each_optimizer_may_have_its_own_scaler_or_none():
+    """Two scalers and an optimizer without one: nothing is mixed up and no alarm is raised."""
+    nets = nn.ModuleDict({name: nn.Linear(3, 1) for name in ("a", "b", "plain")})
+    opts = {name: torch.optim.SGD(net.parameters(), lr=0.1) for name, net in nets.items()}
+    scalers = {
+        name: GradScaler("cpu", init_scale=scale) for name, scale in (("a", 8.0), ("b", 32.0))
+    }
+    with gg.watch(nets, opts, scaler={**scalers, "plain": None}, strict=True) as guard:
+        for name, optimizer in opts.items():
+            scaler = scalers.get(name, GradScaler("cpu", enabled=False))
+            scaler.scale(nets[name](torch.ones(2, 3)).sum()).backward()
+            if name == "b":
+                poison_gradients(nets[name].parameters(), (torch.inf,))
+            scaler.step(optimizer)
+            scaler.update()
+    assert guard.findings == ()
+    seen = {r.optimizer: (r.outcome, r.loss_scale_before, r.loss_scale_after) for r in guard.log}
+    assert seen == {
+        "a": (StepOutcome.APPLIED, 8.0, 8.0),
+        "b": (StepOutcome.SKIPPED_BY_SCALER, 32.0, 16.0),
+        "plain": (StepOutcome.APPLIED, None, None),
+    }
+    assert GradScaler.update is PLAIN_UPDATE
+    with pytest.raises(ValueError, match=r"scalers are given for"):
+        gg.watch(nets, opts, scaler={"c": None})
+
+
 def test_an_unscaled_but_never_stepped_iteration_is_no_step():
     """unscale_() and update() without step() is the user's own skip: nothing was attempted."""
     model, optimizer, scaler = scaled_setup()
