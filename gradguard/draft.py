@@ -92,9 +92,8 @@ class Draft:
         """
         found = self.unpack(values)
         norms = found.get("norms", ())
-        broken = [
-            i for i, norm in zip(self.with_gradient, norms, strict=False) if not _finite(norm)
-        ]
+        total = math.hypot(*norms) if norms else None
+        broken = self._broken(norms, total)
         report = self._drift(found)
         decision = self._verdict(found)
         nan_count, inf_count = self._counts(found, all_finite=bool(norms) and not broken)
@@ -112,7 +111,7 @@ class Draft:
             loss_scale_before=_one(found, "scale_before"),
             loss_scale_after=_one(found, "scale_after"),
             found_inf=evidence.found_inf,
-            gradient_norm=math.hypot(*norms) if norms else None,
+            gradient_norm=total,
             gradient_norm_before_clipping=self._mean("gradient_norm", found),
             nonfinite_tensors=len(broken) if norms else None,
             first_nonfinite=self.names[broken[0]] if broken else None,
@@ -130,6 +129,12 @@ class Draft:
             guard_s=self.guard_s,
             ended_unix_s=self.ended_unix_s,
         )
+
+    def _broken(self, norms: Sequence[float], total: float | None) -> list[int]:
+        """Return the positions of the gradients whose norm is not finite."""
+        if total is None or _finite(total):
+            return []
+        return [i for i, norm in zip(self.with_gradient, norms, strict=True) if not _finite(norm)]
 
     def _drift(self, found: Values) -> DriftReport | None:
         sums = found.get("drift")

@@ -22,15 +22,13 @@ from gradguard.attach import BackwardCounter, around_step
 from gradguard.draft import Draft
 from gradguard.drift import DriftMeter, averaged_distance
 from gradguard.gate import StepGate
+from gradguard.holdings import Holdings
 from gradguard.norms import nonfinite_counts, tensor_norms
 from gradguard.scaler import innermost_optimizer, loss_scale, optimizer_keys, read_scaler
 from gradguard.window import Number, Window
 
 _ALERT_STEPS = 32
 """How many steps non-finite entries are counted exactly after a gradient was not finite."""
-
-_PROBES = 8
-"""How many parameters are asked on every step where their values lie; on detailed steps all are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +81,9 @@ class OptimizerWatch:
         self._judged = 0
         self._closure = False  # whether the step under way computes its own gradients
         self._ended_s: float | None = None
-        self._parameters: list[Tensor] = []
         self._meter: DriftMeter | None = None
-        self._read_parameters()
-        self._backwards = BackwardCounter(self._parameters)
+        self._held = self._hold()
+        self._backwards = BackwardCounter(self._held.parameters)
         self._handles = around_step(
             inner,
             before=lambda closure: protect("step", partial(self._begin, closure=closure)),
@@ -107,40 +104,28 @@ class OptimizerWatch:
 
     def _forget(self) -> None:
         """Let go of the parameters, once the optimizer is gone or watching has ended."""
-        self._parameters.clear()
-        self._places.clear()
+        self._held.let_go()
+        self._averaged = {}
         self._meter = None
 
     # --- what is watched -----------------------------------------------------------------------
 
-    def _read_parameters(self) -> None:
-        groups = self._optimizer.param_groups
-        self._parameters = [p for group in groups for p in group["params"]]
-        self._identities = [id(p) for p in self._parameters]
-        self._places = _places(self._parameters)
-        self._device = self._parameters[0].device
-        self._names = [
-            self._parameter_names.get(id(p), f"{self.name}.parameter {i}")
-            for i, p in enumerate(self._parameters)
-        ]
+    def _hold(self) -> Holdings:
+        """Look at what the optimizer holds now, and make a meter for it."""
+        held = Holdings(self._optimizer, self._parameter_names, label=self.name)
         if self._settings.drift != "off":
             self._meter = DriftMeter(
-                list(zip(self._names, self._parameters, strict=True)),
+                list(zip(held.names, held.parameters, strict=True)),
                 exact=self._settings.drift == "exact",
-                group_sizes=[len(group["params"]) for group in groups],
+                group_sizes=held.group_sizes,
             )
+        return held
 
     def _refresh(self) -> None:
-        """Notice added groups and parameters that were given new storage.
-
-        Detailed steps look at all of them, the others at a few: what moves a model moves every tensor.
-        """
-        groups = self._optimizer.param_groups
-        known = [id(p) for group in groups for p in group["params"]] == self._identities
-        stride = 1 if self._is_detailed() else max(1, len(self._parameters) // _PROBES)
-        if not known or _places(self._parameters[::stride]) != self._places[::stride]:
-            self._read_parameters()
-            self._backwards.listen(self._parameters)
+        """Notice added groups and parameters that were given new storage."""
+        if not self._held.are_current(self._optimizer, thorough=self._is_detailed()):
+            self._held = self._hold()
+            self._backwards.listen(self._held.parameters)
 
     def _is_detailed(self) -> bool:
         return self._steps % self._settings.detail_every == 0
@@ -148,7 +133,7 @@ class OptimizerWatch:
     @property
     def device(self) -> torch.device:
         """Where the first parameter lives."""
-        return self._device
+        return self._held.device
 
     # --- the step ------------------------------------------------------------------------------
 
@@ -196,7 +181,7 @@ class OptimizerWatch:
         draft = Draft(
             step=self._steps,
             optimizer=self.name,
-            names=self._names,
+            names=self._held.names,
             detailed=self._is_detailed(),
             learning_rates=[group["lr"] for group in groups if "lr" in group],
             window=self._window,
@@ -205,10 +190,10 @@ class OptimizerWatch:
         return draft, gradients
 
     def _gradients(self) -> list[Tensor | None]:
-        gradients = [p.grad for p in self._parameters]
+        gradients = [p.grad for p in self._held.parameters]
         hidden = self._gate.hidden_gradients() if self._gate is not None else {}
         if hidden:
-            pairs = zip(self._parameters, gradients, strict=True)
+            pairs = zip(self._held.parameters, gradients, strict=True)
             return [hidden.get(id(p)) if g is None else g for p, g in pairs]
         return gradients
 
@@ -228,7 +213,7 @@ class OptimizerWatch:
     def _measure_averaged(self, draft: Draft) -> None:
         pairs = [
             (p, self._averaged[name])
-            for name, p in zip(self._names, self._parameters, strict=True)
+            for name, p in zip(self._held.names, self._held.parameters, strict=True)
             if name in self._averaged
         ]
         draft.put("averaged", averaged_distance([p for p, _ in pairs], [a for _, a in pairs]))
@@ -292,7 +277,7 @@ class OptimizerWatch:
         if draft.micro_steps == 0 and draft.with_gradient:
             # Gradients came, but not through the parameters listened to: listen to those they came to.
             draft.micro_steps = None
-            self._backwards.listen([self._parameters[i] for i in draft.with_gradient])
+            self._backwards.listen([self._held.parameters[i] for i in draft.with_gradient])
         self._backwards.reset()
 
     def commit(self) -> None:
@@ -322,7 +307,7 @@ class OptimizerWatch:
 
     def has_nonfinite(self) -> bool:
         """Whether any parameter holds NaN or Inf now. Sync: one read."""
-        return bool(nonfinite_counts(self._parameters).any())
+        return bool(nonfinite_counts(self._held.parameters).any())
 
     def step_was_taken(self) -> bool:
         """Whether the last attempt updated the parameters. Sync: one read with a scaler or device gate."""
@@ -351,11 +336,3 @@ class OptimizerWatch:
         self._backwards.close()
         self._finalizer.detach()
         self._forget()
-
-
-def _places(parameters: list[Tensor]) -> list[int]:
-    """Return where the values lie; wrappers without storage are known by identity."""
-    try:
-        return [p.data_ptr() for p in parameters]
-    except RuntimeError:
-        return [id(p) for p in parameters]
