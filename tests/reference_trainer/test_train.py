@@ -279,3 +279,17 @@ def test_overflowing_steps_are_told_on_cuda() -> None:
     assert outcomes[skipped:] == [gg.StepOutcome.APPLIED] * (32 - skipped)
     assert result.epochs[-1].steps_taken == 32 - skipped
     assert result.log.findings == ()
+
+
+@pytest.mark.gpu
+def test_fp16_from_a_high_scale_memorises_as_well_on_cuda() -> None:
+    """The whole overfit preset in fp16 from 2**24: only first steps are skipped, and it learns."""
+    overrides = ["precision.mode=fp16", "precision.initial_loss_scale=2**24", "runtime.device=cuda"]
+    result = train(with_overrides(preset("overfit"), overrides))
+    outcomes = [record.outcome for record in result.log]
+    skipped = result.log.count(gg.StepOutcome.SKIPPED_BY_SCALER)
+    assert outcomes[:skipped] == [gg.StepOutcome.SKIPPED_BY_SCALER] * skipped
+    assert outcomes[skipped:] == [gg.StepOutcome.APPLIED] * (240 - skipped)
+    first, last = result.memorised
+    assert last.loss < 0.2 * first.loss
+    assert last.covariance_nmse < 0.35
