@@ -236,9 +236,11 @@ def averaged_distance(live: Sequence[Tensor], averaged: Sequence[Tensor]) -> Ten
 
     Sync: none.
     """
-    quota = sample_quota(len(live))
     with torch.no_grad():
-        rows = [_distance(*_alike(a, b), quota) for a, b in zip(live, averaged, strict=True)]
+        rows = [
+            _distance(*_alike(a, b), sample_quota(a.numel(), len(live)))
+            for a, b in zip(live, averaged, strict=True)
+        ]
         return torch.stack(rows).sum(0)
 
 

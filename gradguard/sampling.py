@@ -11,19 +11,28 @@ from torch import Tensor
 from gradguard.norms import dense_values
 
 SAMPLES_PER_TENSOR = 1024
-SAMPLE_BUDGET = 16_384
+SAMPLE_BUDGET = 262_144
 _SHORTEST_RUN = 8
 _VALUES_PER_RUN = 1024
+_VALUES_PER_SAMPLE = 256
 _LEAST_PER_TENSOR = 64
 _TABLE_MIN_ROWS = 1024
 _TABLE_ROWS, _TABLE_COLUMNS = 8, 16
 
 
 def sample_quota(
-    tensors: int, *, per_tensor: int = SAMPLES_PER_TENSOR, budget: int = SAMPLE_BUDGET
+    values: int,
+    tensors: int,
+    *,
+    per_tensor: int = SAMPLES_PER_TENSOR,
+    budget: int = SAMPLE_BUDGET,
 ) -> int:
-    """Return how many values to look at in each of ``tensors`` tensors."""
-    return max(_LEAST_PER_TENSOR, min(per_tensor, budget // max(1, tensors)))
+    """Return how many of the ``values`` of one of ``tensors`` tensors to look at.
+
+    One in 256, within 64 and ``per_tensor``: large tensors carry the norm and can afford it.
+    """
+    most = max(_LEAST_PER_TENSOR, min(per_tensor, budget // max(1, tensors)))
+    return min(most, max(_LEAST_PER_TENSOR, values // _VALUES_PER_SAMPLE))
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -86,14 +95,18 @@ class ParameterSample:
 
     def __init__(self, parameters: Sequence[Tensor], *, per_tensor: int, budget: int) -> None:
         self._parameters = tuple(parameters)
-        quota = sample_quota(len(self._parameters), per_tensor=per_tensor, budget=budget)
-        self._runs = [sample_runs(p, quota) for p in self._parameters]
+        count = len(self._parameters)
+        self._runs = [
+            sample_runs(p, sample_quota(p.numel(), count, per_tensor=per_tensor, budget=budget))
+            for p in self._parameters
+        ]
         self._views = [run for runs in self._runs for run in runs]
-        self._tables = [i for i, p in enumerate(self._parameters) if _is_table(p, quota)]
         self._rows: dict[int, Tensor] = {}
         self._layouts: dict[tuple[tuple[int, int], ...], SampleLayout] = {}
         self.counts = [sum(run.numel() for run in runs) for runs in self._runs]
         self.totals = [dense_values(p).numel() for p in self._parameters]
+        partly = zip(self._parameters, self.counts, strict=True)
+        self._tables = [i for i, (p, seen) in enumerate(partly) if _is_table(p, seen)]
 
     def aim(self, gradients: Sequence[Tensor | None]) -> None:
         """Choose the extra positions of large tables from their gradients. Sync: none."""
@@ -146,11 +159,11 @@ class ParameterSample:
         return len(self._rows[index]) * columns
 
 
-def _is_table(parameter: Tensor, quota: int) -> bool:
+def _is_table(parameter: Tensor, seen: int) -> bool:
     return (
         parameter.dim() >= 2
         and parameter.shape[0] >= _TABLE_MIN_ROWS
-        and parameter.numel() > quota
+        and parameter.numel() > seen
         and not parameter.is_complex()
         and type(parameter.data) is Tensor
     )
