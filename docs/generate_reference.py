@@ -11,6 +11,7 @@ from gradguard import records
 PAGE = Path(__file__).parent / "reference" / "records.md"
 CLASSES = (
     records.StepRecord,
+    records.WindowReading,
     records.Drift,
     records.ParameterReading,
     records.PathReading,

@@ -1,7 +1,10 @@
 """Hooks for any PyTorch trainer that tell the truth about every optimizer step."""
 
+from gradguard.diagnosis import Cause, Diagnosis
 from gradguard.drift import DriftMeter, DriftReport, averaged_lag
-from gradguard.findings import Finding, Severity
+from gradguard.engine import UnknownRuleError, diagnose
+from gradguard.facts import Plan
+from gradguard.findings import Finding, Rule, Severity
 from gradguard.gate import StepGate
 from gradguard.guard import Guard
 from gradguard.norms import global_norm, nonfinite_counts, tensor_norms
@@ -17,6 +20,7 @@ from gradguard.records import (
     ScalerState,
     StepOutcome,
     StepRecord,
+    WindowReading,
 )
 from gradguard.rundir import Run, RunDirectory, RunDirectoryError, read_run
 from gradguard.runlog import RunLog, RunLogError
@@ -34,6 +38,8 @@ from gradguard.watching import watch
 __all__ = [
     "OUTCOME_TABLE",
     "AnySignal",
+    "Cause",
+    "Diagnosis",
     "Drift",
     "DriftMeter",
     "DriftReport",
@@ -49,8 +55,10 @@ __all__ = [
     "ParameterReading",
     "PathReading",
     "PathState",
+    "Plan",
     "Policy",
     "Reachability",
+    "Rule",
     "Run",
     "RunDirectory",
     "RunDirectoryError",
@@ -63,7 +71,10 @@ __all__ = [
     "StepGate",
     "StepOutcome",
     "StepRecord",
+    "UnknownRuleError",
+    "WindowReading",
     "averaged_lag",
+    "diagnose",
     "global_norm",
     "gradient_readings",
     "nonfinite_counts",

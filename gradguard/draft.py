@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from gradguard.records import (
     judge,
 )
 from gradguard.window import Window
+from gradguard.window_reading import window_reading
 
 Values = Mapping[str, Sequence[float]]
 
@@ -33,6 +35,7 @@ class Draft:
         with_gradient: positions in ``names`` of the parameters that had a gradient.
         ran: whether the optimizer's ``step`` was entered and returned.
         decision_of: asks the gate for its verdict on this step; None while it is on the device.
+        activity: host values of the :class:`WindowReading`, by field.
         tensors: 1-D device values by field.
     """
 
@@ -52,6 +55,7 @@ class Draft:
     ended_unix_s: float | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     layout: list[tuple[str, int]] = field(default_factory=list)
+    activity: dict[str, Any] = field(default_factory=dict)
 
     def put(self, field_name: str, value: Tensor | None) -> None:
         """Add device values under a field name; None is "not measured"."""
@@ -64,6 +68,10 @@ class Draft:
             value = mean.value()
             if isinstance(value, Tensor):
                 self.put(f"mean:{key}", value)
+        for key, mean in self.window.weights.items():
+            value = mean.value()
+            if isinstance(value, Tensor):
+                self.put(f"weight:{key}", value)
         for index, rate in enumerate(self.learning_rates):
             if isinstance(rate, Tensor):
                 self.put(f"rate:{index}", rate)
@@ -125,6 +133,7 @@ class Draft:
                 for i, rate in enumerate(self.learning_rates)
             ),
             averaged_lag=_lag(found.get("averaged")),
+            window=window_reading(self.activity, found, self.window.hooked),
             wall_s=self.wall_s,
             guard_s=self.guard_s,
             ended_unix_s=self.ended_unix_s,

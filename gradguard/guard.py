@@ -13,7 +13,9 @@ import torch
 from torch.amp import GradScaler
 
 from gradguard.deferred import DeferredRows
+from gradguard.diagnosis import Diagnosis
 from gradguard.draft import Draft
+from gradguard.facts import Fact, RunEnd
 from gradguard.findings import (
     GUARD_FAULT,
     RECORDING_FAULT,
@@ -23,9 +25,10 @@ from gradguard.findings import (
 )
 from gradguard.records import StepRecord
 from gradguard.rundir import RunDirectory, RunDirectoryError
-from gradguard.runlog import RunLog, RunLogError
+from gradguard.runlog import LogEntry, RunLog, RunLogError
 from gradguard.scaler import UpdateWatch
 from gradguard.stepwatch import OptimizerWatch
+from gradguard.surroundings import Surroundings
 from gradguard.window import Number, checked
 
 Batch = TypeVar("Batch")
@@ -41,8 +44,14 @@ class Guard:
         log: the records that have arrived so far, and the findings.
     """
 
-    def __init__(self, *, lag: int, strict: bool) -> None:
+    def __init__(
+        self, *, lag: int, strict: bool, judge: Callable[[RunLog], Diagnosis] | None = None
+    ) -> None:
         self.log = RunLog()
+        self._judge = judge
+        self._surroundings: Surroundings | None = None
+        self._batches: int | None = None
+        self._ended = False
         self._strict = strict
         self._watches: dict[str, OptimizerWatch] = {}
         self._listeners: list[Listener] = []
@@ -100,6 +109,7 @@ class Guard:
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches of ``loader`` and count them for the record of the step they lead to."""
         for batch in loader:
+            self._batches = (self._batches or 0) + 1
             for watch in self._watches.values():
                 watch.count_batch()
             yield batch
@@ -140,6 +150,19 @@ class Guard:
         """What is wrong with the run or with the guard, so far."""
         return tuple(self.log.findings)
 
+    def diagnosis(self) -> Diagnosis:
+        """Judge the run so far by the catalogue of rules: what is wrong, where, since when, what to do.
+
+        Raises:
+            RuntimeError: this guard was made by hand, without a judge; use :func:`gradguard.watch`.
+
+        Sync: waits for the device.
+        """
+        if self._judge is None:
+            raise RuntimeError("this guard has no judge; make it with gradguard.watch()")
+        self.flush()
+        return self._judge(self.log)
+
     def flush(self) -> None:
         """Finish the step under way and bring every record to :attr:`log`. Sync: waits for the device."""
         for watch in self._watches.values():
@@ -148,7 +171,13 @@ class Guard:
 
     def detach(self) -> None:
         """Flush, remove every hook and close the run directory. Safe to call twice."""
+        self._detach(None)
+
+    def _detach(self, error: type[BaseException] | None) -> None:
         self.flush()
+        if not self._ended:
+            self._ended = True
+            self._protect("end", lambda: self.add_fact(self._end(error)))
         for watch in self._watches.values():
             watch.close()
         for update_watch in self._update_watches:
@@ -167,7 +196,7 @@ class Guard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.detach()
+        self._detach(kind)
 
     # --- wiring, used by watch() ---------------------------------------------------------------
 
@@ -186,12 +215,24 @@ class Guard:
             )
         )
 
+    def look_around(self, surroundings: Surroundings) -> None:
+        """Read the model and its optimizers now, and again on detailed steps if they have changed."""
+        self._surroundings = surroundings
+        self._protect("setup", self._read_surroundings)
+
+    def add_fact(self, fact: Fact) -> None:
+        """Add one fact to the log and to the run directory."""
+        self.log.add_fact(fact)
+        self._write(fact)
+
     def record_to(self, directory: RunDirectory) -> None:
         """Write every record and finding to ``directory`` too."""
         self._recorder = directory
 
     def emit(self, watch: OptimizerWatch, draft: Draft) -> None:
         """Queue a finished draft."""
+        if draft.detailed:
+            self._protect("setup", self._read_surroundings)
         draft.guard_s, self._spent_s = self._spent_s, 0.0
         self._protect("records", lambda: self._rows.push((watch, draft), draft.pack(watch.device)))
 
@@ -209,6 +250,30 @@ class Guard:
                 f"no optimizer is watched under the name {optimizer!r}; known: {sorted(self._watches)}"
             )
         return [self._watches[optimizer]]
+
+    def _read_surroundings(self) -> None:
+        """Add a setup to the log if there is something new, and follow the schedulers it names."""
+        around = self._surroundings
+        setup = None if around is None else around.read(self._attempts)
+        if around is None or setup is None:
+            return
+        self.add_fact(setup)
+        for name, watch in self._watches.items():
+            watch.follow_schedulers(around.schedulers_of(name))
+
+    @property
+    def _attempts(self) -> int:
+        return sum(watch.attempts for watch in self._watches.values())
+
+    def _end(self, error: type[BaseException] | None) -> RunEnd:
+        left = [watch.micro_steps for watch in self._watches.values()]
+        return RunEnd(
+            step=self._attempts,
+            clean=error is None,
+            micro_steps=max(left, default=0),
+            batches=self._batches,
+            error=None if error is None else error.__name__,
+        )
 
     def _before_update(self, watches: Sequence[OptimizerWatch]) -> None:
         for watch in watches:
@@ -230,7 +295,7 @@ class Guard:
         for index, listener in enumerate(self._listeners):
             self._protect(f"listener {index}", partial(listener, record))
 
-    def _write(self, entry: StepRecord | Finding) -> None:
+    def _write(self, entry: LogEntry) -> None:
         recorder = self._recorder
         if recorder is not None:
             self._recording(lambda: recorder.write(entry))

@@ -184,12 +184,94 @@ class PathReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterReading:
-    """One parameter on a detailed step: its gradient and its movement."""
+    """One parameter on a detailed step: its gradient and its movement.
+
+    Attributes:
+        name: of the parameter.
+        path: what the backward left.
+        gradient_norm: L2 norm of its gradient, unscaled; None without one.
+        drift: its movement; None when not measured.
+        zero_fraction: share of gradient entries that are exactly 0; None when not measured.
+        zero_rows: share of the rows of its gradient that are all zero; None for fewer than two dimensions.
+        max_gradient: largest magnitude in its gradient, unscaled.
+        direction_kept: share of its sampled gradient after the backward that was left at the step; see
+            :class:`WindowReading`. None for a parameter that is not sampled.
+    """
 
     name: str
     path: PathState
     gradient_norm: float | None
     drift: Drift | None
+    zero_fraction: float | None = None
+    zero_rows: float | None = None
+    max_gradient: float | None = None
+    direction_kept: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowReading:
+    """What happened between the previous attempt of an optimizer and this one.
+
+    "Sampled gradient" stands for a few values of up to three parameters (first, middle, last of the
+    optimizer that take part), read after every backward pass and again at the step.
+
+    Attributes:
+        forwards: forward passes of the model that recorded a graph.
+        forwards_reached: of these, those whose output a backward pass reached.
+        forwards_in_eval: of ``forwards``, those with the model in eval mode.
+        forwards_without_grad: forward passes that recorded no graph.
+        without_grad_in_train: of those, the ones with the model in train mode.
+        samples: rows given to ``forwards``.
+        samples_reached: rows whose output a backward pass reached.
+        stale_backwards: times a backward pass reached the output of a forward pass of an earlier window.
+        autocast: dtype of autocast in the last training forward, such as ``"float16"``; None without.
+        scaler_updates: calls of ``scaler.update()``, this attempt's own included.
+        fresh_micro_steps: micro-steps that began with an empty or all-zero sampled gradient.
+        carried_norm: norm of the sampled gradient before the first micro-step; 0.0 for an empty one.
+        backward_norm: norm of the sampled gradient after the last micro-step, loss scale divided out.
+        step_norm: norm of the same values at the step, loss scale divided out.
+        backward_nonfinite: whether the sampled gradient was not finite after a micro-step.
+        loss_weight: derivative of what was differentiated with respect to the observed loss, loss scale divided
+            out, mean over micro-steps; 0.0 when the backward passes did not reach it.
+        reported_weight: likewise for the reported loss.
+        term_weights: likewise for every term.
+        without_gradient: trainable parameters of this optimizer that had no gradient at the step.
+        never_gradient: those that had none in any attempt so far.
+        uncalled: of those, the ones whose module was never called in a forward so far; None when not known.
+        state_entries: parameters that the optimizer held state for when the step began.
+        state_left: the same when the previous attempt ended; None before the first one.
+        state_kept: whether the sampled parameters' state tensors were those of the previous step; None at
+            the first step or for an optimizer without state.
+        scheduler_steps: ``last_epoch`` of every scheduler of this optimizer when the step began.
+        changed_outside: parameters (sampled) that changed since the last attempt ended.
+    """
+
+    forwards: int | None = None
+    forwards_reached: int | None = None
+    forwards_in_eval: int | None = None
+    forwards_without_grad: int | None = None
+    without_grad_in_train: int | None = None
+    samples: int | None = None
+    samples_reached: int | None = None
+    stale_backwards: int | None = None
+    autocast: str | None = None
+    scaler_updates: int | None = None
+    fresh_micro_steps: int | None = None
+    carried_norm: float | None = None
+    backward_norm: float | None = None
+    step_norm: float | None = None
+    backward_nonfinite: bool | None = None
+    loss_weight: float | None = None
+    reported_weight: float | None = None
+    term_weights: Mapping[str, float] = field(default_factory=dict)
+    without_gradient: int | None = None
+    never_gradient: tuple[str, ...] | None = None
+    uncalled: tuple[str, ...] | None = None
+    state_entries: int | None = None
+    state_left: int | None = None
+    state_kept: bool | None = None
+    scheduler_steps: tuple[int, ...] = ()
+    changed_outside: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +302,7 @@ class StepRecord:
         parameters: one reading per parameter on detailed steps, else None.
         learning_rates: learning rate per parameter group at the time of the step.
         averaged_lag: norm of averaged minus live weights over norm of live weights, before the step.
+        window: what happened since the previous attempt; None when no sensor was on.
         wall_s: seconds since the previous attempt of this optimizer ended; None for the first.
         guard_s: seconds of host time the guard spent on this step.
         ended_unix_s: when the step ended, in seconds since 1970.
@@ -248,6 +331,7 @@ class StepRecord:
     parameters: tuple[ParameterReading, ...] | None = None
     learning_rates: tuple[float, ...] = ()
     averaged_lag: float | None = None
+    window: WindowReading | None = None
     wall_s: float | None = None
     guard_s: float | None = None
     ended_unix_s: float | None = None

@@ -1,6 +1,6 @@
 """The records of a run in order, in memory and as JSON Lines.
 
-One line is one JSON object: ``kind`` (``"step"`` or ``"finding"``), ``schema`` (see
+One line is one JSON object: ``kind`` (``"step"``, ``"finding"`` or the name of a fact), ``schema`` (see
 :data:`gradguard.records.SCHEMA_VERSION`) and the fields of the value. The JSON is strict: None is
 ``null`` and never 0.0, NaN and infinity are the strings of :data:`gradguard.codec.NONFINITE_NAMES`.
 """
@@ -9,21 +9,57 @@ from __future__ import annotations
 
 import json
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from gradguard.codec import Codec, CodecError, codec_of
+from gradguard.facts import (
+    BatchReading,
+    CopyReading,
+    Fact,
+    ForeignStep,
+    LoadReading,
+    LossReading,
+    MetricReading,
+    ModuleReading,
+    ProbeReading,
+    ReplicaReading,
+    RunEnd,
+    Setup,
+    WeightsChanged,
+)
 from gradguard.findings import Finding
 from gradguard.records import SCHEMA_VERSION, StepOutcome, StepRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-LogEntry = StepRecord | Finding
+LogEntry = StepRecord | Finding | Fact
 """What one line of a saved run holds."""
 
+F = TypeVar("F", bound=Fact)
+
 _KINDS: Mapping[str, tuple[type, Codec]] = MappingProxyType(
-    {kind: (entry, codec_of(entry)) for kind, entry in (("step", StepRecord), ("finding", Finding))}
+    {
+        kind: (entry, codec_of(entry))
+        for kind, entry in (
+            ("step", StepRecord),
+            ("finding", Finding),
+            ("setup", Setup),
+            ("module", ModuleReading),
+            ("batch", BatchReading),
+            ("loss", LossReading),
+            ("copy", CopyReading),
+            ("load", LoadReading),
+            ("weights", WeightsChanged),
+            ("foreign", ForeignStep),
+            ("replica", ReplicaReading),
+            ("metric", MetricReading),
+            ("probe", ProbeReading),
+            ("end", RunEnd),
+        )
+    }
 )
+_NAMES: Mapping[type, str] = MappingProxyType({entry: kind for kind, (entry, _) in _KINDS.items()})
 
 
 class RunLogError(ValueError):
@@ -35,21 +71,26 @@ class UnreadableLineError(RunLogError):
 
 
 class RunLog:
-    """The records of a run in the order they arrived, and what was found about it.
+    """The records of a run in the order they arrived, the facts beside them, and what was found.
 
     Iteration, ``len`` and indexing see the records. A slice is a RunLog of the records chosen;
-    findings belong to the whole run and stay behind.
+    facts and findings belong to the whole run and stay behind.
 
     Args:
         records: records to begin with.
         findings: findings to begin with.
+        facts: facts to begin with.
     """
 
     def __init__(
-        self, records: Iterable[StepRecord] = (), findings: Iterable[Finding] = ()
+        self,
+        records: Iterable[StepRecord] = (),
+        findings: Iterable[Finding] = (),
+        facts: Iterable[Fact] = (),
     ) -> None:
         self._records = list(records)
         self._findings = list(findings)
+        self._facts = list(facts)
 
     @classmethod
     def from_jsonl(cls, text: str) -> RunLog:
@@ -68,7 +109,7 @@ class RunLog:
         return log
 
     def to_jsonl(self) -> str:
-        """Return records and then findings, one JSON object a line; empty for an empty log.
+        """Return records, findings and facts, one JSON object a line; empty for an empty log.
 
         Raises:
             RunLogError: for a record that holds something else than its annotations say.
@@ -83,12 +124,27 @@ class RunLog:
         """Add one finding."""
         self._findings.append(finding)
 
+    def add_fact(self, fact: Fact) -> None:
+        """Add one fact."""
+        self._facts.append(fact)
+
     def add(self, entry: LogEntry) -> None:
-        """Add a record or a finding."""
+        """Add a record, a finding or a fact."""
         if isinstance(entry, StepRecord):
             self.append(entry)
-        else:
+        elif isinstance(entry, Finding):
             self.add_finding(entry)
+        else:
+            self.add_fact(entry)
+
+    @property
+    def facts(self) -> tuple[Fact, ...]:
+        """What was read beside the records so far, in the order of arrival."""
+        return tuple(self._facts)
+
+    def facts_of(self, kind: type[F]) -> tuple[F, ...]:
+        """Return the facts of one kind, such as ``Setup``, in the order of arrival."""
+        return tuple(fact for fact in self._facts if isinstance(fact, kind))
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -144,6 +200,7 @@ class RunLog:
     def _entries(self) -> Iterator[LogEntry]:
         yield from self._records
         yield from self._findings
+        yield from self._facts
 
     def __len__(self) -> int:
         return len(self._records)
@@ -170,7 +227,7 @@ def to_line(entry: LogEntry) -> str:
     Raises:
         RunLogError: for a value that is not what its annotation says, such as a tensor.
     """
-    kind = "step" if isinstance(entry, StepRecord) else "finding"
+    kind = _NAMES[type(entry)]
     try:
         fields = _KINDS[kind][1].encode(entry)
     except CodecError as error:
@@ -208,7 +265,9 @@ def from_line(line: str) -> LogEntry:
 def _named(entry: LogEntry) -> str:
     if isinstance(entry, StepRecord):
         return f"step {entry.step} of optimizer {entry.optimizer!r}"
-    return f"finding {entry.code}"
+    if isinstance(entry, Finding):
+        return f"finding {entry.code}"
+    return f"a {type(entry).__name__} of step {entry.step}"
 
 
 def _parse(line: str) -> dict[str, Any]:

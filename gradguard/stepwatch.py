@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -22,10 +23,18 @@ from gradguard.attach import BackwardCounter, around_step
 from gradguard.draft import Draft
 from gradguard.drift import DriftMeter, averaged_distance
 from gradguard.gate import StepGate
+from gradguard.gradient_samples import GradientSamples
 from gradguard.holdings import Holdings
 from gradguard.norms import nonfinite_counts, tensor_norms
 from gradguard.scaler import innermost_optimizer, loss_scale, optimizer_keys, read_scaler
+from gradguard.schedulers import FoundScheduler
 from gradguard.window import Number, Window
+
+_EARLY_STEPS = 3
+"""The first steps are all measured in detail: most faults are there from the beginning."""
+
+_NAMES = 64
+"""How many parameters that never had a gradient one record names."""
 
 _ALERT_STEPS = 32
 """How many steps non-finite entries are counted exactly after a gradient was not finite."""
@@ -84,6 +93,12 @@ class OptimizerWatch:
         self._meter: DriftMeter | None = None
         self._held = self._hold()
         self._backwards = BackwardCounter(self._held.parameters)
+        self._samples = GradientSamples(self._held.parameters)
+        self._had_gradient: set[str] = set()
+        self._all_had_gradient = False
+        self._state_left: int | None = None
+        self._updates = 0
+        self._schedulers: list[FoundScheduler] = []
         self._handles = around_step(
             inner,
             before=lambda closure: protect("step", partial(self._begin, closure=closure)),
@@ -126,9 +141,10 @@ class OptimizerWatch:
         if not self._held.are_current(self._optimizer, thorough=self._is_detailed()):
             self._held = self._hold()
             self._backwards.listen(self._held.parameters)
+            self._samples.listen(self._held.parameters)
 
     def _is_detailed(self) -> bool:
-        return self._steps % self._settings.detail_every == 0
+        return self._steps < _EARLY_STEPS or self._steps % self._settings.detail_every == 0
 
     @property
     def device(self) -> torch.device:
@@ -186,6 +202,11 @@ class OptimizerWatch:
             learning_rates=[group["lr"] for group in groups if "lr" in group],
             window=self._window,
             with_gradient=[i for i, g in enumerate(gradients) if g is not None],
+            activity={
+                "state_entries": len(self._optimizer.state),
+                "state_left": self._state_left,
+                "scheduler_steps": tuple(one.last_epoch or 0 for one in self._schedulers),
+            },
         )
         return draft, gradients
 
@@ -199,10 +220,13 @@ class OptimizerWatch:
 
     def _measure_gradients(self, draft: Draft, gradients: list[Tensor | None]) -> None:
         present = [g for g in gradients if g is not None]
+        scale = getattr(self._optimizer, "grad_scale", None)  # fused: the step itself unscales
+        if not self._closure:  # a closure makes and clears gradients as often as it is called
+            for key, value in self._samples.readings(gradients, scale).items():
+                draft.put(f"samples:{key}", value)
         if not present:
             return
         norms = tensor_norms(present)
-        scale = getattr(self._optimizer, "grad_scale", None)  # fused: the step itself unscales
         draft.put("norms", norms if scale is None else norms / scale.to(norms.device))
         if draft.detailed:
             draft.put("paths", tensor_norms(present, order=1))
@@ -230,6 +254,7 @@ class OptimizerWatch:
         """Read the scaler's verdict; a skipped step without a call of the optimizer is found here."""
         if self._scaler is None:
             return
+        self._updates += 1
         reading = read_scaler(self._scaler, self._keys)
         if self._pending is None and reading.stage == "stepped":
             self._pending = self._skipped_without_call()
@@ -268,6 +293,11 @@ class OptimizerWatch:
         draft.wall_s = None if self._ended_s is None else now_s - self._ended_s
         self._ended_s, draft.ended_unix_s = now_s, time.time()
         self._count_backwards(draft)
+        self._count_without_gradient(draft)
+        draft.activity["scaler_updates"] = self._updates if self._scaler is not None else None
+        self._updates = 0
+        self._samples.reset()
+        self._state_left = len(self._optimizer.state)
         self.commit()
         self._open, self._window = draft, Window()
         self._steps += 1
@@ -279,6 +309,22 @@ class OptimizerWatch:
             draft.micro_steps = None
             self._backwards.listen([self._held.parameters[i] for i in draft.with_gradient])
         self._backwards.reset()
+
+    def _count_without_gradient(self, draft: Draft) -> None:
+        """Note which parameters had no gradient, now and in every attempt so far."""
+        names = self._held.names
+        missing = len(names) - len(draft.with_gradient)
+        never: tuple[str, ...] = ()
+        if missing == 0:
+            self._all_had_gradient = True
+        else:  # frozen parameters, experts, or something to report
+            pairs = list(zip(names, self._held.parameters, strict=True))
+            present = set(draft.with_gradient)
+            missing = sum(p.requires_grad and i not in present for i, (_, p) in enumerate(pairs))
+            self._had_gradient.update(names[i] for i in draft.with_gradient)
+            without = (n for n, p in pairs if p.requires_grad and n not in self._had_gradient)
+            never = () if self._all_had_gradient else tuple(islice(without, _NAMES))
+        draft.activity["without_gradient"], draft.activity["never_gradient"] = missing, never
 
     def commit(self) -> None:
         """Send the last finished draft on its way; no observation can join it any more."""
@@ -296,6 +342,21 @@ class OptimizerWatch:
             last.window.add(key, value)
         else:
             self._window.add(key, value)
+            self._window.follow(key, value)
+
+    def follow_schedulers(self, schedulers: Sequence[FoundScheduler]) -> None:
+        """Read these schedulers of this optimizer from now on."""
+        self._schedulers = list(schedulers)
+
+    @property
+    def attempts(self) -> int:
+        """Attempted steps so far."""
+        return self._steps
+
+    @property
+    def micro_steps(self) -> int:
+        """Backward passes since the last attempt."""
+        return self._backwards.count
 
     def count_batch(self) -> None:
         """Count one batch drawn from a loader."""
@@ -334,5 +395,6 @@ class OptimizerWatch:
         """Remove every hook and let go of everything that is watched."""
         self._handles.close()
         self._backwards.close()
+        self._samples.close()
         self._finalizer.detach()
         self._forget()

@@ -8,11 +8,14 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from gradguard.engine import diagnose
+from gradguard.facts import Plan
 from gradguard.gate import StepGate
 from gradguard.guard import Guard
 from gradguard.rundir import RunDirectory
 from gradguard.scaler import check_scaler, innermost_optimizer
 from gradguard.stepwatch import OptimizerWatch, WatchSettings
+from gradguard.surroundings import Surroundings
 
 
 def watch(
@@ -27,6 +30,7 @@ def watch(
     detail_every: int = 50,
     lag: int = 8,
     wrap_update: bool = True,
+    plan: Plan | None = None,
     strict: bool = False,
 ) -> Guard:
     """Watch every optimizer step of a training loop; leave the block or call ``detach()`` to stop.
@@ -50,22 +54,22 @@ def watch(
         lag: how many steps late records may arrive; a killed process loses at most these.
         wrap_update: False to leave ``GradScaler.update`` alone and call ``before_update`` and
             ``after_update`` around it yourself.
+        plan: what you intend, such as the number of steps; rules compare it with what happens.
         strict: raise faults of the guard instead of recording them (for tests).
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: nothing to train, an optimizer that holds none of the model's parameters, or a
-            number out of range.
+        ValueError: nothing to train, or a number out of range.
 
     Sync: none per step. Memory: about 25 bytes for one value in 256, within 64 and
     1,024 values per tensor.
     """
     optimizers = _named_optimizers(optimizer)
     _check_numbers(drift=drift, detail_every=detail_every, lag=lag)
-    names = _parameter_names(model, optimizers)
+    names = _parameter_names(model)
     gates = gate if isinstance(gate, Mapping) else dict.fromkeys(optimizers, gate)
     scalers = _scalers_by_name(scaler, optimizers)
-    guard = Guard(lag=lag, strict=strict)
+    guard = Guard(lag=lag, strict=strict, judge=diagnose)
     if run is not None:
         directory = run if isinstance(run, RunDirectory) else RunDirectory.create(run)
         guard.record_to(directory)
@@ -85,7 +89,19 @@ def watch(
         )
     if wrap_update:
         _follow(guard, scalers)
+    guard.look_around(_surroundings(model, optimizers, scalers, plan))
     return guard
+
+
+def _surroundings(
+    model: nn.Module,
+    optimizers: Mapping[str, object],
+    scalers: Mapping[str, GradScaler | None],
+    plan: Plan | None,
+) -> Surroundings:
+    inner = {name: innermost_optimizer(one) for name, one in optimizers.items()}
+    scaled = any(one is not None and one.is_enabled() for one in scalers.values())
+    return Surroundings(model, inner, scaler=scaled, plan=plan)
 
 
 def _scalers_by_name(
@@ -126,22 +142,14 @@ def _check_numbers(*, drift: str, detail_every: int, lag: int) -> None:
             raise ValueError(f"watch({name}={value}): expected a number of steps, at least 1")
 
 
-def _parameter_names(model: nn.Module, optimizers: Mapping[str, object]) -> dict[int, str]:
-    """Return names by id, after checking that model and optimizers have something to do together."""
+def _parameter_names(model: nn.Module) -> dict[int, str]:
+    """Return names by id, after checking that there is something to train."""
     names = {id(p): name for name, p in model.named_parameters()}
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             f"watch(): the model {type(model).__name__} has no trainable parameter "
             f"({len(names)} parameters, none with requires_grad=True); there is nothing to watch"
         )
-    for name, one in optimizers.items():
-        held = [p for g in innermost_optimizer(one).param_groups for p in g["params"]]
-        if not any(id(p) in names for p in held):
-            raise ValueError(
-                f"watch(): optimizer {name!r} holds {len(held)} parameters and none of them belongs "
-                f"to the model {type(model).__name__}; was the model copied, converted or replaced "
-                "after the optimizer was made? Make the optimizer from model.parameters() again"
-            )
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,18 +35,40 @@ class Mean:
 
 @dataclass(slots=True)
 class Window:
-    """Observations and counts between two attempts of one optimizer."""
+    """Observations and counts between two attempts of one optimizer.
+
+    Attributes:
+        means: mean of every observed value.
+        batches: batches drawn from a loader.
+        weights: mean derivative of what was differentiated with respect to every observed value.
+        hooked: how many observed values could have such a derivative.
+    """
 
     means: dict[str, Mean] = field(default_factory=dict)
     batches: int | None = None
+    weights: dict[str, Mean] = field(default_factory=dict)
+    hooked: dict[str, int] = field(default_factory=dict)
 
     def add(self, key: str, value: Number) -> None:
         """Add one observation under ``key``."""
         self.means.setdefault(key, Mean()).add(value)
 
+    def follow(self, key: str, value: Number) -> None:
+        """Note the derivative that a coming backward pass takes with respect to ``value``. Sync: none.
+
+        A value without a graph has none; one whose backward pass is over is never reached.
+        """
+        if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None:
+            self.hooked[key] = self.hooked.get(key, 0) + 1
+            value.register_hook(partial(_note, self.weights, key))  # type: ignore[no-untyped-call]
+
     def seen(self, key: str) -> int:
         """Return how often ``key`` was observed."""
         return self.means[key].count if key in self.means else 0
+
+
+def _note(weights: dict[str, Mean], key: str, gradient: Tensor) -> None:
+    weights.setdefault(key, Mean()).add(gradient)
 
 
 def checked(key: str, value: object) -> Number:

@@ -70,7 +70,7 @@ def test_a_record_holds_what_one_step_did():
         assert record.learning_rates == (0.1,)
         assert record.loss_scale_before is record.found_inf is record.reason is None
         assert record.guard_s > 0
-    assert [r.parameters is not None for r in guard.log] == [True, False, True]
+    assert all(r.parameters is not None for r in guard.log)  # the first three are detailed
     assert [r.wall_s is not None for r in guard.log] == [False, True, True]
     assert {p.path for p in guard.log[0].parameters} == {PathState.LIVE}
 
@@ -243,7 +243,6 @@ def test_misuse_raises_at_once_with_a_sentence():
     frozen = small_net().requires_grad_(requires_grad=False)
     cases = [
         (lambda: gg.watch(frozen, optimizer), "no trainable parameter"),
-        (lambda: gg.watch(small_net(), optimizer), "none of them belongs to the model"),
         (lambda: gg.watch(model, "adam"), "expected a torch.optim.Optimizer"),
         (lambda: gg.watch(model, {}), "empty mapping"),
         (lambda: gg.watch(model, optimizer, scaler=2.0), "expected a torch.amp.GradScaler"),
@@ -347,13 +346,13 @@ def test_detaching_leaves_no_trace():
 
 
 def test_no_module_hook_is_ever_registered():
-    """Only parameters (at most eight) and the optimizer carry hooks while watching."""
+    """Only parameters (eight counters, two samples on three of them) and the optimizer carry hooks."""
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(30)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gg.watch(model, optimizer):
         parameters, modules, _ = hooks_of(model, optimizer)
         assert modules == 0
-        assert 0 < parameters <= 8
+        assert 0 < parameters <= 8 + 2 * 3
 
 
 def test_the_guard_keeps_neither_model_nor_optimizer_alive():
