@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+import gradguard as gg
 from gradguard.views.terminal import REFRESH_S, LiveView, summary_table
 
 if TYPE_CHECKING:
@@ -104,9 +105,11 @@ class TerminalView:
             self._print(f"{finding.code} {finding.severity}: {finding.message}", style="red")
 
     def finished(self, result: TrainingResult) -> None:
-        """Print the closing summary."""
+        """Print the closing summary and the diagnosis."""
         self.console.print(summary_table(result.log), quality_table(result))
         self._print(f"{result.wall_s:.0f} s in all, setting up and evaluations included")
+        for line in str(gg.diagnose(result.log)).splitlines():
+            self._print(line)
 
     def _print(self, line: str, *, style: str | None = None) -> None:
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -108,7 +108,8 @@ def test_a_plain_console_gets_plain_lines() -> None:
         "epoch   1 of 2  training loss 3.0000",
         "GG002 error: no space left",
     ]
-    assert lines[-1] == "61 s in all, setting up and evaluations included"
+    end = lines.index("61 s in all, setting up and evaluations included")
+    assert lines[end + 1] == "nothing wrong found in 2 optimizer steps"
     assert "\x1b" not in "".join(lines)
 
 
