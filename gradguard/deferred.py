@@ -77,7 +77,8 @@ class DeferredRows(Generic[T]):
         rows = [row for _, row in self._queued]
         self._queued = []
         self._last_departure_s = time.monotonic()
-        home = rows[0].device
+        # Towards the accelerator: in the other direction every row would be waited for.
+        home = next((row.device for row in rows if row.device.type != "cpu"), rows[0].device)
         packed = torch.cat([row.to(home, non_blocking=True) for row in rows])
         host, event = _start_copy(packed)
         self._flights.append(_Flight(tokens, [len(row) for row in rows], host, packed, event))

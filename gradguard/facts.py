@@ -165,7 +165,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleReading:
-    """One module in one forward pass of a detailed step (its last call in the step is measured).
+    """One module in one forward pass of a detailed step; its first, second, fourth, eighth... call is measured.
 
     Shares are over values (or units: the last dimension for Linear-like outputs, dimension 1 for
     convolution-like ones); batch statistics are over everything but the units.
@@ -177,7 +177,8 @@ class ModuleReading:
         grad: whether the call recorded a graph.
         input_rms, output_rms: root mean square of the first floating input and output tensor.
         input_max, output_max, output_min: largest magnitude of the input, extremes of the output.
-        input_nonfinite, output_nonfinite: counts of NaN and Inf.
+        input_nonfinite, output_nonfinite: 1 when NaN or Inf was seen (in a sample of the input, in all of
+            the output), else 0.
         input_row_std, output_row_std: standard deviation over the batch, per feature, root mean square over
             the features: 0 when all rows are the same.
         zero_fraction: share of output values exactly 0.
@@ -233,7 +234,7 @@ class BatchReading:
         tensor: ``"inputs"`` or ``"targets"``, with ``"[1]"`` and so on for further tensors.
         source: ``"loader"`` (guard.batches), ``"forward"`` (argument of the model) or ``"observe"``.
         shape, dtype: of the tensor.
-        rows: fingerprints of the first rows (at most 32); equal rows have equal fingerprints. None where
+        rows: fingerprints of the first rows (at most 64); equal rows have equal fingerprints. None where
             the tensor has no rows.
         minimum, maximum, mean, std: over all (sampled) values; None for an empty tensor.
         nonfinite: count of NaN and Inf.
@@ -337,7 +338,7 @@ class CopyReading:
 
     Attributes:
         step: when.
-        name: as given to ``watch(copies=...)``; ``"averaged"`` for ``averaged=``.
+        name: as given to ``guard.follow_copy``; ``"averaged"`` for ``watch(averaged=)``.
         role: ``"averaged"``, ``"snapshot"`` or ``"frozen"``.
         lag: norm of copy minus live over norm of live (sampled).
         live_moved: norm of live now minus live at attach over norm of live at attach.

@@ -39,7 +39,7 @@ class Sight(StrEnum):
     INPUTS = "inputs of the watched model or of guard.batches(loader)"
     TARGETS = "targets (iterate over guard.batches(loader) or call guard.observe(targets=...))"
     SPLITS = "batches of more than one split (guard.batches(loader, split=...))"
-    COPIES = "copies of the model (pass averaged= or copies= to watch)"
+    COPIES = "copies of the model (pass averaged= to watch, or call guard.follow_copy)"
     LOADS = "calls of load_state_dict on the watched model"
     REPLICAS = "runs of several replicas (judge their logs together)"
     METRICS = "reported numbers (call guard.report(name, value))"

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from gradguard.deferred import DeferredRows
@@ -27,6 +28,9 @@ from gradguard.records import StepRecord
 from gradguard.rundir import RunDirectory, RunDirectoryError
 from gradguard.runlog import LogEntry, RunLog, RunLogError
 from gradguard.scaler import UpdateWatch
+from gradguard.sensors.batch_watch import TRAIN
+from gradguard.sensors.copies import ROLES, Role
+from gradguard.sensors.sensors import PROBES, Clock, Sensors
 from gradguard.stepwatch import OptimizerWatch
 from gradguard.surroundings import Surroundings
 from gradguard.window import Number, checked
@@ -50,6 +54,7 @@ class Guard:
         self.log = RunLog()
         self._judge = judge
         self._surroundings: Surroundings | None = None
+        self._sensors: Sensors | None = None
         self._batches: int | None = None
         self._ended = False
         self._strict = strict
@@ -73,6 +78,7 @@ class Guard:
         reported_loss: Number | None = None,
         gradient_norm: Number | None = None,
         terms: Mapping[str, Number] | None = None,
+        targets: object = None,
         optimizer: str | None = None,
     ) -> None:
         """Tell the guard what hooks cannot see; each value is averaged over the micro-steps of a step.
@@ -85,6 +91,8 @@ class Guard:
             reported_loss: the loss that the trainer prints.
             gradient_norm: global gradient norm before clipping, as ``clip_grad_norm_`` returns it.
             terms: named loss terms.
+            targets: what the output of the last forward is compared with: a tensor, or tensors in a tuple,
+                list or mapping.
             optimizer: name of the optimizer these belong to; default all.
 
         Raises:
@@ -105,14 +113,110 @@ class Guard:
 
         with torch.no_grad():
             self._protect("observe", work)
+        if self._sensors is not None:
+            self._sensors.observed(values)
+            if targets is not None:
+                self._sensors.compared(targets)
 
-    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches of ``loader`` and count them for the record of the step they lead to."""
+    def batches(self, loader: Iterable[Batch], *, split: str = TRAIN) -> Iterator[Batch]:
+        """Yield the batches of ``loader``; those of split ``"train"`` are counted for the step they lead to.
+
+        Some batches are read, to notice rows that a split shares with another one. In a tuple the last part
+        is taken for the targets, in a mapping what is called so.
+
+        Args:
+            loader: anything that yields batches.
+            split: name of the data, such as ``"validation"``.
+
+        Sync: none.
+        """
         for batch in loader:
-            self._batches = (self._batches or 0) + 1
-            for watch in self._watches.values():
-                watch.count_batch()
+            if split == TRAIN:
+                self._batches = (self._batches or 0) + 1
+                for watch in self._watches.values():
+                    watch.count_batch()
+            if self._sensors is not None:
+                self._sensors.loaded(batch, split)
             yield batch
+
+    def report(
+        self,
+        name: str,
+        value: Number,
+        *,
+        split: str | None = None,
+        weights: str | None = None,
+    ) -> None:
+        """Tell the guard a number that you report, such as a validation metric.
+
+        Args:
+            name: of the number.
+            value: the number; a tensor stays on its device until it is needed.
+            split: name of the data it was computed on.
+            weights: ``"live"``, or the name of the copy of the model it was computed with.
+
+        Raises:
+            TypeError, ValueError: the value is not one number.
+
+        Sync: none.
+        """
+        number = checked("report", value)
+        sensors = self._sensors
+        if sensors is not None:
+            self._protect("report", lambda: sensors.report(name, number, split, weights))
+
+    def probe(
+        self,
+        kind: str,
+        value: Number,
+        *,
+        parameter: str | None = None,
+        op: str | None = None,
+    ) -> None:
+        """Tell the guard what a comparison of your own found.
+
+        Args:
+            kind: ``"loss at truth"`` (the loss when predictions equal targets), ``"functions differ"``
+                (relative difference of the training and the validation function on one batch),
+                ``"eval differs"`` (relative difference of train and eval mode beyond dropout) or
+                ``"wrong backward"`` (relative difference from a finite difference).
+            value: the number.
+            parameter: name of the parameter it is about.
+            op: name of the function or operation it is about.
+
+        Raises:
+            ValueError: unknown kind, or the value is not one number. TypeError: it is no number.
+
+        Sync: none.
+        """
+        if kind not in PROBES:
+            raise ValueError(f"guard.probe(kind={kind!r}): expected one of {', '.join(PROBES)}")
+        number = checked("probe", value)
+        sensors = self._sensors
+        if sensors is not None:
+            self._protect("probe", lambda: sensors.probe(kind, number, parameter, op))
+
+    def follow_copy(
+        self, name: str, copy: nn.Module | Mapping[str, Tensor], *, role: Role = "averaged"
+    ) -> None:
+        """Watch a copy of the model beside the live one; only weak references are kept.
+
+        Args:
+            name: what to call it.
+            copy: a module, or a mapping from parameter name to tensor.
+            role: ``"averaged"`` (EMA, SWA, target network), ``"snapshot"`` (best weights so far) or
+                ``"frozen"`` (a teacher that must not change).
+
+        Raises:
+            ValueError: unknown role.
+
+        Sync: none.
+        """
+        if role not in ROLES:
+            raise ValueError(f"follow_copy(role={role!r}): expected one of {', '.join(ROLES)}")
+        sensors = self._sensors
+        if sensors is not None:
+            self._protect("copies", lambda: sensors.follow_copy(name, copy, role))
 
     def before_update(self, optimizer: str | None = None) -> None:
         """Read the scaler right before ``scaler.update()``; only for ``watch(..., wrap_update=False)``.
@@ -168,6 +272,8 @@ class Guard:
         for watch in self._watches.values():
             self._protect("step", watch.finish)
         self._protect("records", self._rows.flush)
+        if self._sensors is not None:
+            self._sensors.flush()
 
     def detach(self) -> None:
         """Flush, remove every hook and close the run directory. Safe to call twice."""
@@ -177,6 +283,8 @@ class Guard:
         self.flush()
         if not self._ended:
             self._ended = True
+            if self._sensors is not None:
+                self._sensors.close()
             self._protect("end", lambda: self.add_fact(self._end(error)))
         for watch in self._watches.values():
             watch.close()
@@ -219,6 +327,22 @@ class Guard:
         """Read the model and its optimizers now, and again on detailed steps if they have changed."""
         self._surroundings = surroundings
         self._protect("setup", self._read_surroundings)
+
+    def clock(self, *, detail_every: int) -> Clock:
+        """Return what tells sensors where the run is."""
+        return Clock(
+            attempts=lambda: self._attempts,
+            attempts_of=lambda name: self._watches[name].attempts,
+            rounds=lambda: max(watch.attempts for watch in self._watches.values()),
+            detail_every=detail_every,
+        )
+
+    def use_sensors(self, sensors: Sensors) -> None:
+        """Read everything beside the optimizers' steps with these sensors."""
+        self._sensors = sensors
+        for watch in self._watches.values():
+            watch.use_sensors(sensors)
+        sensors.begin()
 
     def add_fact(self, fact: Fact) -> None:
         """Add one fact to the log and to the run directory."""

@@ -6,7 +6,6 @@ parametrization may compute, and some of these (spectral norm) write buffers whe
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradguard.compiled import is_compiled
 from gradguard.facts import GroupFacts, ModuleFacts, ParameterFacts, Plan, Setup
 from gradguard.inventory_hidden import hidden_places
 from gradguard.inventory_values import ParameterValues, is_known, read_values
@@ -80,7 +80,7 @@ def read_setup(
             name: sum(shape in wanted for shape in shapes) for name, shapes in foreign.items()
         },
         scaler=scaler,
-        compiled=_is_compiled(model),
+        compiled=is_compiled(model),
         plan=plan,
         rank=rank,
         world=world,
@@ -172,19 +172,6 @@ def _read_module(name: str, module: nn.Module) -> ModuleFacts:
         settings["bias"] = float(kept["bias"])
     return ModuleFacts(
         name=name, kind=type(module).__name__, training=module.training, settings=settings
-    )
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` or ``Module.compile`` was used on it or a part, as far as it can tell.
-
-    The model inside a compiled wrapper that was made from it looks like any other model.
-    """
-    frame = sys.modules.get("torch._dynamo.eval_frame")  # not loaded: nothing was compiled
-    wrapper = getattr(frame, "OptimizedModule", ())
-    return any(
-        isinstance(module, wrapper) or vars(module).get("_compiled_call_impl") is not None
-        for module in model.modules()
     )
 
 

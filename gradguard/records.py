@@ -191,21 +191,12 @@ class ParameterReading:
         path: what the backward left.
         gradient_norm: L2 norm of its gradient, unscaled; None without one.
         drift: its movement; None when not measured.
-        zero_fraction: share of gradient entries that are exactly 0; None when not measured.
-        zero_rows: share of the rows of its gradient that are all zero; None for fewer than two dimensions.
-        max_gradient: largest magnitude in its gradient, unscaled.
-        direction_kept: share of its sampled gradient after the backward that was left at the step; see
-            :class:`WindowReading`. None for a parameter that is not sampled.
     """
 
     name: str
     path: PathState
     gradient_norm: float | None
     drift: Drift | None
-    zero_fraction: float | None = None
-    zero_rows: float | None = None
-    max_gradient: float | None = None
-    direction_kept: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,10 +231,7 @@ class WindowReading:
         uncalled: of those, the ones whose module was never called in a forward so far; None when not known.
         state_entries: parameters that the optimizer held state for when the step began.
         state_left: the same when the previous attempt ended; None before the first one.
-        state_kept: whether the sampled parameters' state tensors were those of the previous step; None at
-            the first step or for an optimizer without state.
         scheduler_steps: ``last_epoch`` of every scheduler of this optimizer when the step began.
-        changed_outside: parameters (sampled) that changed since the last attempt ended.
     """
 
     forwards: int | None = None
@@ -269,9 +257,7 @@ class WindowReading:
     uncalled: tuple[str, ...] | None = None
     state_entries: int | None = None
     state_left: int | None = None
-    state_kept: bool | None = None
     scheduler_steps: tuple[int, ...] = ()
-    changed_outside: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,6 +61,8 @@ _KINDS: Mapping[str, tuple[type, Codec]] = MappingProxyType(
 )
 _NAMES: Mapping[type, str] = MappingProxyType({entry: kind for kind, (entry, _) in _KINDS.items()})
 
+_OWN_KIND = "of_kind"
+
 
 class RunLogError(ValueError):
     """A record that cannot be written, or text that does not hold a record."""
@@ -234,6 +236,8 @@ def to_line(entry: LogEntry) -> str:
         raise RunLogError(
             f"cannot write {_named(entry)}: {error}; records hold plain Python values only"
         ) from None
+    if "kind" in fields:  # the value's own field; the line's is what kind of value it is
+        fields[_OWN_KIND] = fields.pop("kind")
     head = {"kind": kind, "schema": SCHEMA_VERSION}
     return json.dumps(head | fields, allow_nan=False, separators=(",", ":"))
 
@@ -255,6 +259,8 @@ def from_line(line: str) -> LogEntry:
         )
     if not isinstance(kind, str) or kind not in _KINDS:
         raise RunLogError(f"the entry is of kind {kind!r}; known are {', '.join(_KINDS)}")
+    if _OWN_KIND in fields:
+        fields["kind"] = fields.pop(_OWN_KIND)
     try:
         entry: LogEntry = _KINDS[kind][1].decode(fields)
     except CodecError as error:

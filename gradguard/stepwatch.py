@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,22 @@ _NAMES = 64
 
 _ALERT_STEPS = 32
 """How many steps non-finite entries are counted exactly after a gradient was not finite."""
+
+
+class StepSensors(Protocol):
+    """What else is read around a step; see :class:`gradguard.sensors.sensors.Sensors`."""
+
+    def before_step(self) -> None:
+        """A step is about to be taken."""
+
+    def after_step(self, detailed: bool) -> None:
+        """An attempt is over."""
+
+    def forward_reader(self) -> Callable[[], Mapping[str, Any]]:
+        """Return a function that gives the counts of forward passes since it was last called."""
+
+    def uncalled(self, names: Sequence[str]) -> tuple[str, ...] | None:
+        """Return those of the parameters whose module was never called."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +116,8 @@ class OptimizerWatch:
         self._state_left: int | None = None
         self._updates = 0
         self._schedulers: list[FoundScheduler] = []
+        self._sensors: StepSensors | None = None
+        self._forwards: Callable[[], Mapping[str, Any]] = dict
         self._handles = around_step(
             inner,
             before=lambda closure: protect("step", partial(self._begin, closure=closure)),
@@ -156,6 +175,8 @@ class OptimizerWatch:
     def _begin(self, *, closure: bool) -> None:
         self._finish_pending()
         self._refresh()
+        if self._sensors is not None:
+            self._sensors.before_step()
         draft, gradients = self._new_draft()
         self._closure = closure
         if not closure:
@@ -295,12 +316,15 @@ class OptimizerWatch:
         self._count_backwards(draft)
         self._count_without_gradient(draft)
         draft.activity["scaler_updates"] = self._updates if self._scaler is not None else None
+        draft.activity.update(self._forwards())
         self._updates = 0
         self._samples.reset()
         self._state_left = len(self._optimizer.state)
         self.commit()
         self._open, self._window = draft, Window()
         self._steps += 1
+        if self._sensors is not None:
+            self._sensors.after_step(draft.detailed)
 
     def _count_backwards(self, draft: Draft) -> None:
         draft.micro_steps = self._backwards.count
@@ -325,6 +349,8 @@ class OptimizerWatch:
             without = (n for n, p in pairs if p.requires_grad and n not in self._had_gradient)
             never = () if self._all_had_gradient else tuple(islice(without, _NAMES))
         draft.activity["without_gradient"], draft.activity["never_gradient"] = missing, never
+        if never and self._sensors is not None:
+            draft.activity["uncalled"] = self._sensors.uncalled(never)
 
     def commit(self) -> None:
         """Send the last finished draft on its way; no observation can join it any more."""
@@ -343,6 +369,11 @@ class OptimizerWatch:
         else:
             self._window.add(key, value)
             self._window.follow(key, value)
+
+    def use_sensors(self, sensors: StepSensors) -> None:
+        """Tell these sensors of every step from now on."""
+        self._sensors = sensors
+        self._forwards = sensors.forward_reader()
 
     def follow_schedulers(self, schedulers: Sequence[FoundScheduler]) -> None:
         """Read these schedulers of this optimizer from now on."""

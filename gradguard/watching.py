@@ -14,6 +14,7 @@ from gradguard.gate import StepGate
 from gradguard.guard import Guard
 from gradguard.rundir import RunDirectory
 from gradguard.scaler import check_scaler, innermost_optimizer
+from gradguard.sensors.sensors import Sensors
 from gradguard.stepwatch import OptimizerWatch, WatchSettings
 from gradguard.surroundings import Surroundings
 
@@ -90,6 +91,13 @@ def watch(
     if wrap_update:
         _follow(guard, scalers)
     guard.look_around(_surroundings(model, optimizers, scalers, plan))
+    inner = {name: innermost_optimizer(one) for name, one in optimizers.items()}
+    clock = guard.clock(detail_every=detail_every)
+    guard.use_sensors(
+        Sensors(model, inner, clock=clock, add=guard.add_fact, protect=guard.protect, lag=4 * lag)
+    )
+    if averaged is not None:
+        guard.follow_copy("averaged", averaged)
     return guard
 
 

@@ -345,14 +345,20 @@ def test_detaching_leaves_no_trace():
     guard.detach()
 
 
-def test_no_module_hook_is_ever_registered():
-    """Only parameters (eight counters, two samples on three of them) and the optimizer carry hooks."""
+def test_few_hooks_are_there_between_detailed_steps():
+    """Eight counters, two samples on three parameters and the model's own forward; parts on detailed steps."""
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(30)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gg.watch(model, optimizer):
         parameters, modules, _ = hooks_of(model, optimizer)
-        assert modules == 0
+        assert modules == 1 + 31
         assert 0 < parameters <= 8 + 2 * 3
+        for _ in range(3):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        assert hooks_of(model, optimizer)[1] == 1
+        assert not any(m._backward_hooks for m in model.modules())
+    assert hooks_of(model, optimizer) == (0, 0, 0)
 
 
 def test_the_guard_keeps_neither_model_nor_optimizer_alive():
@@ -385,10 +391,16 @@ def test_a_detached_guard_is_garbage_while_its_optimizer_lives():
 
 
 def test_watched_objects_copy_and_pickle():
-    """Model and optimizer can be deep-copied and saved while watched; copies carry no hooks."""
+    """Model and optimizer can be deep-copied and saved while watched; hooks on copies do nothing."""
     model, optimizer = setup()
-    with gg.watch(model, optimizer):
+    with gg.watch(model, optimizer) as guard:
         twin, twin_optimizer = copy.deepcopy(model), copy.deepcopy(optimizer)
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, io.BytesIO())
         torch.save(model, io.BytesIO())
-        assert hooks_of(twin, twin_optimizer) == (0, 0, 0)
+        parameters, _, steps = hooks_of(twin, twin_optimizer)
+        assert (parameters, steps) == (0, 0)
+        twin(torch.ones(2, 6)).sum().backward()
+        backward(model, batches(1)[0])
+        optimizer.step()
+        guard.flush()
+        assert guard.log[0].window.forwards == 1  # the twin's is not counted

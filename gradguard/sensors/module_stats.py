@@ -1,0 +1,175 @@
+"""Statistics of one module's input and output, as pure tensor functions. Sync: none anywhere here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_ROWS, _MIDDLE, _UNITS = 64, 8, 256
+_NEAR_BOUND = 0.01
+_SUM_TOLERANCE = 1e-3
+_MOST_CLASSES = 4096
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "Tanh": (-1.0, 1.0),
+    "Hardtanh": (-1.0, 1.0),
+    "Softsign": (-1.0, 1.0),
+    "Sigmoid": (0.0, 1.0),
+    "Hardsigmoid": (0.0, 1.0),
+}
+"""Modules with a bounded output, by class name."""
+
+
+def forward_statistics(
+    module: nn.Module, inputs: list[Tensor], output: Tensor
+) -> dict[str, Tensor]:
+    """Return the numbers of a :class:`gradguard.facts.ModuleReading` by field, 0-dim each.
+
+    Args:
+        module: that was called.
+        inputs: its tensor arguments.
+        output: its first tensor; floating.
+    """
+    cube = sample_cube(output)
+    found = _output_statistics(cube)
+    found["output_nonfinite"] = nonfinite(output)
+    bounds = BOUNDS.get(type(module).__name__)
+    if bounds is not None:
+        found["saturated_fraction"] = _saturated(cube, *bounds)
+    first = next((one for one in inputs if usable(one)), None)
+    if first is not None and first.data_ptr() != output.data_ptr():  # else written over in place
+        found |= _input_statistics(first)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 (the only common class)
+            found |= _running_statistics(module, first)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None and inputs:
+        found["padding_fraction"] = (inputs[0] == module.padding_idx).double().mean()
+    return found
+
+
+def root_statistics(inputs: list[Tensor], output: Tensor) -> dict[str, Tensor]:
+    """Return what is asked of the whole model's output only: repeated rows, and rows that sum to one."""
+    found = {}
+    if output.dim() >= 2 and 2 <= output.shape[-1] <= _MOST_CLASSES:
+        rows = output.detach().reshape(-1, output.shape[-1])[:_ROWS].float()
+        whole = (rows.sum(-1) - 1).abs() < _SUM_TOLERANCE
+        found["rows_sum_to_one"] = (whole & (rows >= 0).all(-1)).double().mean()
+    first = next((one for one in inputs if one.dim() and not one.is_complex()), None)
+    if first is not None and output.dim() >= 1 and len(output) == len(first) and len(first) > 1:
+        ours, theirs = _projected(output), _projected(first)
+        same = ours[:, None] == ours[None, :]
+        other = theirs[:, None] != theirs[None, :]
+        found["repeated_rows"] = (same & other).any(1).double().mean()
+    return found
+
+
+def masked_statistics(sequence: Tensor, mask: Tensor, *, batch_first: bool) -> dict[str, Tensor]:
+    """Return share of masked positions, and root mean square of the input at masked and kept ones.
+
+    Args:
+        sequence: (batch, positions, features), or (positions, batch, features).
+        mask: (batch, positions): True, or minus infinity, where a position is masked.
+        batch_first: which of the two layouts.
+    """
+    ordered = sequence.detach() if batch_first else sequence.detach().transpose(0, 1)
+    if ordered.dim() != 3 or mask.shape != ordered.shape[:2]:
+        return {}
+    hidden = mask if mask.dtype is torch.bool else mask < 0
+    power = ordered.double().square().mean(-1)
+    share = hidden.double()
+    tiny = torch.finfo(torch.float64).tiny
+    return {
+        "masked_fraction": share.mean(),
+        "masked_rms": ((power * share).sum() / share.sum().clamp_min(tiny)).sqrt(),
+        "kept_rms": ((power * (1 - share)).sum() / (1 - share).sum().clamp_min(tiny)).sqrt(),
+    }
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether statistics make sense: a plain, dense, floating tensor with values."""
+    plain = tensor.layout is torch.strided and not hasattr(tensor, "to_local")
+    return plain and tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta
+
+
+def nonfinite(tensor: Tensor) -> Tensor:
+    """Return 1 when any value is NaN or Inf, else 0: told by their sum, without a copy of them."""
+    wide = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
+    return (~tensor.detach().sum(dtype=wide).isfinite()).float()
+
+
+def sample_cube(tensor: Tensor) -> Tensor:
+    """Return up to 64 rows, 8 positions between and 256 units of a tensor as (rows, positions, units).
+
+    Units are the last dimension, or dimension 1 of tensors with four dimensions and more.
+    """
+    values = tensor.detach()
+    if values.dim() == 0:
+        values = values.reshape(1)
+    if values.dim() == 1:
+        values = values.reshape(-1, 1)
+    if values.dim() >= 4:
+        values = values.flatten(2).transpose(1, 2)
+    elif values.dim() == 2:
+        values = values.unsqueeze(1)
+    return _thinned(_thinned(_thinned(values, 0, _ROWS), 1, _MIDDLE), 2, _UNITS).float()
+
+
+def _thinned(values: Tensor, dim: int, most: int) -> Tensor:
+    size = values.shape[dim]
+    if size <= most:
+        return values
+    chosen = values[(slice(None),) * dim + (slice(None, None, size // most),)]
+    return chosen.narrow(dim, 0, most)
+
+
+def _output_statistics(cube: Tensor) -> dict[str, Tensor]:
+    highest, lowest = cube.amax((0, 1)), cube.amin((0, 1))
+    found = {
+        "output_rms": cube.square().mean().sqrt(),
+        "output_max": highest.max(),
+        "output_min": lowest.min(),
+        "zero_fraction": (cube == 0).float().mean(),
+        "dead_fraction": ((highest == 0) & (lowest == 0)).float().mean(),
+    }
+    if len(cube) > 1:
+        variance, _ = torch.var_mean(cube, 0, correction=0)
+        found["output_row_std"] = variance.mean().sqrt()
+        found["constant_fraction"] = (cube.amax(0) == cube.amin(0)).float().mean()
+    return found
+
+
+def _input_statistics(tensor: Tensor) -> dict[str, Tensor]:
+    cube = sample_cube(tensor)
+    found = {
+        "input_rms": cube.square().mean().sqrt(),
+        "input_max": cube.abs().max(),
+        "input_nonfinite": (~cube.isfinite()).any().float(),
+    }
+    if len(cube) > 1:
+        found["input_row_std"] = cube.var(0, correction=0).mean().sqrt()
+    return found
+
+
+def _saturated(cube: Tensor, low: float, high: float) -> Tensor:
+    margin = _NEAR_BOUND * (high - low)
+    return ((cube < low + margin) | (cube > high - margin)).float().mean()
+
+
+def _running_statistics(
+    module: nn.modules.batchnorm._BatchNorm, tensor: Tensor
+) -> dict[str, Tensor]:
+    mean, variance = module.running_mean, module.running_var
+    if mean is None or variance is None or tensor.dim() < 2:
+        return {}
+    over = tuple(d for d in range(tensor.dim()) if d != 1)
+    own, average = torch.var_mean(tensor.detach().float(), over, correction=0)
+    spread = variance.detach().float()
+    shift = (average - mean.detach().float()).abs() / (spread + module.eps).sqrt()
+    ratio = (own + module.eps) / (spread + module.eps)
+    return {"statistics_shift": shift.median(), "statistics_ratio": ratio.median()}
+
+
+def _projected(tensor: Tensor) -> Tensor:
+    """Return one number per row (up to 64): a fixed sum of its values, equal for equal rows."""
+    rows = tensor.detach()[:_ROWS].reshape(min(_ROWS, len(tensor)), -1)[:, :_MOST_CLASSES].double()
+    weights = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=rows.dtype).sqrt()
+    return (rows * weights).sum(1)
