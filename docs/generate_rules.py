@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from gradguard.engine import diagnose, thresholds_of
-from gradguard.rules import CATALOGUE
+from gradguard.findings import Rule
+from gradguard.pages import Page, every_rule, find_page
 
 FOLDER = Path(__file__).parent / "reference" / "rules"
 HEAD = """# The rules
@@ -20,44 +19,42 @@ Generated from the catalogue by `python docs/generate_rules.py`; a test compares
 
 def pages() -> dict[str, str]:
     """Return the text of every page by file name."""
-    found = {page_name(module): page(module) for module in CATALOGUE}
-    return {"index.md": HEAD + "\n".join(row(module) for module in CATALOGUE) + "\n", **found}
+    rules = every_rule()
+    found = {page_name(rule): page(find_page(rule.code)) for rule in rules}
+    return {"index.md": HEAD + "\n".join(row(rule) for rule in rules) + "\n", **found}
 
 
-def page_name(module: Any) -> str:
+def page_name(rule: Rule) -> str:
     """Return the file name of a rule's page."""
-    return f"{module.RULE.code.lower()}-{module.RULE.slug}.md"
+    return f"{rule.code.lower()}-{rule.slug}.md"
 
 
-def row(module: Any) -> str:
+def row(rule: Rule) -> str:
     """Return one row of the index."""
-    rule = module.RULE
-    link = f"[{rule.code}]({page_name(module)})"
+    link = f"[{rule.code}]({page_name(rule)})"
     return f"| {link} | {rule.slug} | {rule.family} | {rule.severity} | {rule.summary} |"
 
 
-def page(module: Any) -> str:
+def page(told: Page) -> str:
     """Return the page of one rule: what, why, what to do, limits, thresholds and an example."""
-    rule = module.RULE
-    _, _, story = (module.__doc__ or "").strip().partition("\n\n")
-    thresholds = [f"| `{rule.code}.{n}` | {v:g} |" for n, v in thresholds_of(module).items()]
+    rule = told.rule
+    thresholds = [f"| `{rule.code}.{n}` | {v:g} |" for n, v in told.thresholds.items()]
     parts = [
         f"# {rule.code} {rule.slug}",
         f"{rule.summary} Severity: {rule.severity}. Family: {rule.family}.",
         f"**What to do.** {rule.remedy}",
-        story,
-        "Needs " + "; ".join(sight.value for sight in rule.needs) + ".",
+        told.story,
     ]
+    if rule.needs:
+        parts.append("Needs " + "; ".join(sight.value for sight in rule.needs) + ".")
     if thresholds:
         parts.append("| threshold | default |\n| --- | --- |\n" + "\n".join(thresholds))
-    if rule.explains or rule.explains_later:
-        parts.append("Explains: " + ", ".join((*rule.explains, *rule.explains_later)) + ".")
-    finding = next(f for f in diagnose(module.fires_on()).findings if f.code == rule.code)
-    example = (module.fires_on.__doc__ or "").strip()
-    parts.append(
-        f"## Example\n\n{example}\n\n```text\n{finding.severity} {finding.code}: {finding.message}\n```"
-    )
-    return "\n\n".join(parts) + "\n"
+    if told.explains:
+        parts.append("Explains: " + ", ".join(told.explains) + ".")
+    if told.finding is not None:
+        shown = f"{told.finding.severity} {told.finding.code}: {told.finding.message}"
+        parts.append(f"## Example\n\n{told.example}\n\n```text\n{shown}\n```")
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 if __name__ == "__main__":

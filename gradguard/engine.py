@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from gradguard.evidence import Evidence
 from gradguard.findings import RULE_FAULT, Finding, Rule, Severity
 from gradguard.rules import CATALOGUE
 from gradguard.runlog import RunLog
+
+_FAMILY_DIGITS = 2
 
 
 class RuleModule(Protocol):
@@ -33,8 +36,8 @@ class Selection:
     """Which rules are judged, and with which thresholds.
 
     Attributes:
-        select: prefixes of codes, or slugs; empty for all.
-        ignore: prefixes of codes, or slugs, that are left out.
+        select: codes, slugs or families; empty for all.
+        ignore: codes, slugs or families that are left out.
         thresholds: values by ``"CODE.name"``, such as ``{"GG101.limit": 12}``.
     """
 
@@ -75,8 +78,8 @@ def diagnose(
 
     Args:
         log: the run; may still be going on.
-        select: prefixes of codes, or slugs, of the rules to judge; all when empty.
-        ignore: prefixes of codes, or slugs, of rules to leave out.
+        select: codes, slugs or families (``"GG10"``, ``"data"``) of the rules to judge; all when empty.
+        ignore: codes, slugs or families of rules to leave out.
         thresholds: values by ``"CODE.name"``, such as ``{"GG101.limit": 12}``.
 
     Raises:
@@ -173,7 +176,7 @@ def _chosen(select: Sequence[str], ignore: Sequence[str]) -> list[RuleModule]:
     for name in (*select, *ignore):
         if not any(_named(module.RULE, name) for module in CATALOGUE):
             raise UnknownRuleError(
-                f"no rule has a code that begins with {name!r}, and none that slug; "
+                f"no rule has the code, slug or family {name!r}; "
                 "`python -m gradguard rules` lists them"
             )
     return [
@@ -185,7 +188,11 @@ def _chosen(select: Sequence[str], ignore: Sequence[str]) -> list[RuleModule]:
 
 
 def _named(rule: Rule, name: str) -> bool:
-    return rule.slug == name or rule.code.startswith(name.upper())
+    """Whether a slug, a code or the digits of a family (``"GG1"``, ``"GG10"``) mean this rule."""
+    digits = name.upper().removeprefix("GG")
+    if digits.isdigit() and len(digits) <= _FAMILY_DIGITS:
+        return int(rule.code.removeprefix("GG")) // 100 == int(digits)
+    return name in (rule.slug, rule.family) or rule.code == name.upper()
 
 
 def _settings(thresholds: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -198,5 +205,17 @@ def _settings(thresholds: Mapping[str, float]) -> dict[str, dict[str, float]]:
             raise UnknownRuleError(
                 f"rule {module.RULE.code} has no threshold {name!r}; it has: {', '.join(known) or 'none'}"
             )
-        chosen.setdefault(module.RULE.code, {})[name] = type(known[name])(value)
+        chosen.setdefault(module.RULE.code, {})[name] = _like(known[name], value, key)
     return chosen
+
+
+def _like(default: float, value: float, key: str) -> float:
+    """Return the value as the default's type.
+
+    Raises:
+        UnknownRuleError: it is not finite, or a fraction where a whole number is expected.
+    """
+    if not math.isfinite(value) or (isinstance(default, int) and value != int(value)):
+        kind = "whole number" if isinstance(default, int) else "finite number"
+        raise UnknownRuleError(f"threshold {key}={value}: expected a {kind}; the default is {default}")
+    return type(default)(value)

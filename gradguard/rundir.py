@@ -179,7 +179,11 @@ def read_run(path: str | os.PathLike[str]) -> Run:
             written by something else or by another version, or when a line before the last is torn.
     """
     directory = Path(path)
-    if not directory.is_dir():
+    try:
+        present = directory.is_dir()
+    except OSError as error:  # such as a parent that may not be entered
+        raise RunDirectoryError(f"cannot read a run from {directory}: {_reason(error)}") from error
+    if not present:
         raise RunDirectoryError(
             f"cannot read a run from {directory}: there is no such directory; pass a run directory"
         )

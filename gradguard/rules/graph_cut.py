@@ -1,8 +1,9 @@
 """Parameters that no gradient has ever reached although others have one.
 
-Looks at: the trainable parameters of an optimizer that had no gradient in any attempt so far. Limits: a head
-or an expert that has not had its turn yet looks the same until it has; judge at the end, or look with
-gg.explain_paths.
+Looks at: the trainable parameters of an optimizer that had no gradient in any attempt so far, without those
+whose module was never called (GG506 reports them). Limits: a head or an expert that has not had its turn yet
+looks the same until it has; judge at the end, or look with gg.explain_paths. The line that cuts the path is
+named when a probe was armed.
 
 Sources: https://github.com/pytorch/pytorch/issues/40983.
 """
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 
 from gradguard.evidence import Evidence
 from gradguard.findings import Finding, Rule, Severity, Sight
+from gradguard.rules._probes import probe_of, where
 from gradguard.rules._runs import run, setup, step
+from gradguard.rules._unused import uncalled
 from gradguard.runlog import RunLog
 
 RULE = Rule(
@@ -36,12 +39,14 @@ def check(run: Evidence, *, steps: int = 3) -> Iterator[Finding]:
         last = next((one for one in reversed(known) if one is not None), ())
         if len(records) < steps or not last:
             continue
+        unused = uncalled(records)
         modules: dict[str, list[str]] = {}
-        for parameter in last:
+        for parameter in (one for one in last if one not in unused):
             modules.setdefault(parameter.rpartition(".")[0] or parameter, []).append(parameter)
         for module, parameters in modules.items():
             yield RULE.finding(
-                f"no gradient has reached {', '.join(parameters[:4])} in {len(records)} steps of {name!r}",
+                f"no gradient has reached {', '.join(parameters[:4])} in {len(records)} steps of {name!r}"
+                f"{where(probe_of(run, 'cut', parameters))}",
                 place=module,
                 first_step=records[0].step,
                 last_step=records[-1].step,

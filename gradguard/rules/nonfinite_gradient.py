@@ -1,7 +1,7 @@
 """NaN or Inf in a gradient although the loss is finite.
 
-Looks at: the gradients of every attempt without a loss scaler. Limits: with a loss scaler a single
-overflow cannot be told from a fault; GG101 looks at rows of them.
+Looks at: the gradients of every attempt without a loss scaler. Limits: with a loss scaler a single overflow
+cannot be told from a fault; GG101 looks at rows of them.
 
 Sources: https://docs.pytorch.org/docs/stable/autograd.html#anomaly-detection.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from gradguard.evidence import Evidence
 from gradguard.findings import Finding, Rule, Severity, Sight
 from gradguard.records import StepOutcome, StepRecord
+from gradguard.rules._probes import probe_of, where
 from gradguard.rules._runs import run, setup, step
 from gradguard.runlog import RunLog
 
@@ -41,7 +42,8 @@ def check(run: Evidence) -> Iterator[Finding]:
             yield RULE.finding(
                 f"at step {first.step} the gradient of {first.first_nonfinite} is not finite although "
                 "the loss is "
-                f"({first.nonfinite_tensors} tensors in all; {len(bad)} of {len(records)} steps of {name!r})",
+                f"({first.nonfinite_tensors} tensors in all; {len(bad)} of {len(records)} steps of {name!r})"
+                f"{where(probe_of(run, 'nonfinite'))}",
                 place=first.first_nonfinite,
                 first_step=first.step,
                 last_step=bad[-1].step,

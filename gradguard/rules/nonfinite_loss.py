@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from gradguard.evidence import Evidence
 from gradguard.findings import Finding, Rule, Severity, Sight
+from gradguard.rules._probes import probe_of, where
 from gradguard.rules._runs import run, setup, step
 from gradguard.runlog import RunLog
 
@@ -42,9 +43,10 @@ def check(run: Evidence) -> Iterator[Finding]:
         if bad:
             first = bad[0]
             terms = [term for term, value in first.terms.items() if not math.isfinite(value)]
-            where = f"; the term {terms[0]!r} is" if terms else ""
+            term = f"; the term {terms[0]!r} is" if terms else ""
             yield RULE.finding(
-                f"the loss of {name!r} is {first.loss} at step {first.step}{where}",
+                f"the loss of {name!r} is {first.loss} at step {first.step}{term}"
+                f"{where(probe_of(run, 'nonfinite'))}",
                 place=terms[0] if terms else None,
                 first_step=first.step,
                 last_step=bad[-1].step,

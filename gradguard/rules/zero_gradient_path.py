@@ -2,7 +2,8 @@
 
 Looks at: the reading per parameter on detailed steps: exactly zero at least twice and never live. A rounding,
 a threshold, a saturated clamp, a product with zero or dead units stand in the way. Limits: an expert whose
-gate is closed may look the same for a while; the first three steps are detailed.
+gate is closed may look the same for a while; the first three steps are detailed. The operation is named when
+a probe was armed.
 
 Sources: https://docs.pytorch.org/docs/stable/notes/autograd.html (gradients for non-differentiable
 functions).
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from gradguard.evidence import Evidence
 from gradguard.findings import Finding, Rule, Severity, Sight
 from gradguard.records import PathState
+from gradguard.rules._probes import probe_of, where
 from gradguard.rules._runs import NAMES, reading, readings, run, setup, step
 from gradguard.runlog import RunLog
 
@@ -48,7 +50,8 @@ def check(run: Evidence, *, readings: int = 3) -> Iterator[Finding]:
     for module, names in dead.items():
         steps = zero[names[0]]
         yield RULE.finding(
-            f"the gradient of {', '.join(names[:4])} has been exactly zero on all {len(steps)} detailed steps",
+            f"the gradient of {', '.join(names[:4])} has been exactly zero on all {len(steps)} detailed steps"
+            f"{where(probe_of(run, 'dead', names))}",
             place=module,
             first_step=steps[0],
             last_step=steps[-1],

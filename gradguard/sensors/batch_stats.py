@@ -88,7 +88,7 @@ def _rows(tensor: Tensor) -> Tensor:
         values = torch.view_as_real(values.resolve_conj())
     values = values[:ROWS] if values.dim() else values.reshape(1)
     flat = values.reshape(len(values), -1)
-    stride = max(1, flat.shape[1] // _VALUES_PER_ROW)
+    stride = max(1, -(-flat.shape[1] // _VALUES_PER_ROW))
     return flat[:, ::stride][:, :_VALUES_PER_ROW].to(wide_dtype(flat.device))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,6 +25,12 @@ class ForwardCounts:
     samples_reached: int = 0
     stale_backwards: int = 0
 
+
+OUTPUT = "gradguard: output of the watched model"
+"""Where the shape of the model's output stands in the metadata of its graph node.
+
+The node lives as long as the graph, whoever keeps the output; it carries the mark without being kept.
+"""
 
 _FIELDS = tuple(one.name for one in fields(ForwardCounts))
 
@@ -69,7 +74,6 @@ class ForwardWatch:
     ) -> None:
         self.counts = ForwardCounts()
         self.autocast: str | None = None
-        self.outputs: list[weakref.ref[Tensor]] = []
         self._window, self._protect, self._on_call = window, protect, on_call
         self._hooks = HookSet()
         if isinstance(model, torch.jit.ScriptModule):
@@ -107,7 +111,6 @@ class ForwardWatch:
     def close(self) -> None:
         """Remove the hook."""
         self._hooks.close()
-        self.outputs = []
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._protect("forward", lambda: self._count(module, args, kwargs, output))
@@ -122,7 +125,6 @@ class ForwardWatch:
             counts.samples += rows
             counts.forwards_in_eval += not module.training
             self.autocast = _autocast(live[0].device.type)
-            self.outputs = [weakref.ref(one) for one in live]
             self._follow(live, _Pass(self._window(), rows))
         else:
             counts.forwards_without_grad += 1
@@ -133,6 +135,8 @@ class ForwardWatch:
         hook = _Reached(self.counts, one, self._window)
         for output in outputs:
             output.register_hook(hook)  # type: ignore[no-untyped-call]
+            if output.grad_fn is not None:
+                output.grad_fn.metadata[OUTPUT] = tuple(output.shape)  # type: ignore[index]
 
 
 class _Reached:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.autograd.graph import Node
 
 from gradguard.facts import GraphNode, LossReading
 from gradguard.paths import reachable_parameters
+from gradguard.sensors.forward_watch import OUTPUT
 
 _NODES = 64
 _WALK = 20_000
@@ -34,24 +34,20 @@ _STRAIGHT = frozenset((
 """Operations that bend nothing (Mul and Div may: a product of two activations counts as straight here)."""
 
 
-def read_loss(
-    loss: Tensor, *, name: str, step: int, outputs: Iterable[Tensor], model: nn.Module
-) -> LossReading:
+def read_loss(loss: Tensor, *, name: str, step: int, model: nn.Module) -> LossReading:
     """Return the graph of ``loss`` down to the model's output.
 
     Args:
         loss: as it was given to ``guard.observe``, before or after its backward.
         name: of the reading.
         step: number of the attempt.
-        outputs: what the model's last training forward returned.
         model: whose parameters may be reached.
 
     Sync: none.
     """
     if loss.grad_fn is None:
         return LossReading(step=step, name=name, requires_grad=loss.requires_grad)
-    ends = {one.grad_fn: tuple(one.shape) for one in outputs if one.grad_fn is not None}
-    nodes, shape = _head(loss.grad_fn, ends)
+    nodes, shape = _head(loss.grad_fn)
     linear, bent = _body(loss.grad_fn)
     found = reachable_parameters(loss, model)
     return LossReading(
@@ -68,9 +64,7 @@ def read_loss(
     )
 
 
-def _head(
-    root: Node, ends: dict[Node, tuple[int, ...]]
-) -> tuple[tuple[GraphNode, ...], tuple[int, ...] | None]:
+def _head(root: Node) -> tuple[tuple[GraphNode, ...], tuple[int, ...] | None]:
     """Return the nodes from the loss to the model's output, breadth first, and the output's shape."""
     found: list[GraphNode] = []
     met: tuple[int, ...] | None = None
@@ -78,9 +72,10 @@ def _head(
     queue = deque([(root, 0)])
     while queue and len(found) < _NODES:
         node, depth = queue.popleft()
-        if node in ends:
-            met = met or ends[node]
-            if ends[node] == met and depth > 0:
+        shape = node.metadata.get(OUTPUT)  # type: ignore[attr-defined]
+        if shape is not None:
+            met = met or shape
+            if shape == met and depth > 0:
                 found.append(_described(node, depth))
             continue
         found.append(_described(node, depth))

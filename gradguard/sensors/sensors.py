@@ -157,8 +157,7 @@ class Sensors:
         if model is None or (step, name) in self._losses:
             return
         self._losses.add((step, name))
-        outputs = [one for ref in self._forwards.outputs if (one := ref()) is not None]
-        self._add(read_loss(value, name=name, step=step, outputs=outputs, model=model))
+        self._add(read_loss(value, name=name, step=step, model=model))
 
     def report(
         self, name: str, value: Tensor | float, split: str | None, weights: str | None

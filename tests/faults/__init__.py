@@ -4,9 +4,11 @@ from tests.faults import (
     amp,
     gradient_handling,
     gradient_path,
+    mode_and_loss,
     numerics,
     optimizer,
     tempting,
+    tempting_forwards,
 )
 from tests.faults.cases import FAULTS, HEALTHY
 
@@ -16,7 +18,9 @@ __all__ = [
     "amp",
     "gradient_handling",
     "gradient_path",
+    "mode_and_loss",
     "numerics",
     "optimizer",
     "tempting",
+    "tempting_forwards",
 ]

@@ -60,7 +60,7 @@ def encoder_thresholded(broken: bool) -> RunLog:
     return _through(lambda h: h.sign() if broken else h)
 
 
-@fault("gradient path", "GG501", place="spare")
+@fault("gradient path", "GG501", "GG506", place="spare")
 def module_is_never_used(broken: bool) -> RunLog:
     """A module is built and takes part in no loss."""
 
