@@ -1,15 +1,27 @@
 """Hooks for any PyTorch trainer that tell the truth about every optimizer step."""
 
+from gradguard.checkup import Check, CheckFailedError, OverfitReport, PreflightReport
 from gradguard.diagnosis import Cause, Diagnosis
 from gradguard.drift import DriftMeter, DriftReport, averaged_lag
 from gradguard.engine import UnknownRuleError, diagnose
+from gradguard.explain import (
+    CutReason,
+    DeadGradient,
+    NonfiniteOrigin,
+    PathCut,
+    explain_paths,
+    locate_dead,
+    locate_nonfinite,
+)
 from gradguard.facts import Plan
 from gradguard.findings import Finding, Rule, Severity
 from gradguard.gate import StepGate
 from gradguard.guard import Guard
 from gradguard.norms import global_norm, nonfinite_counts, tensor_norms
+from gradguard.overfit import overfit_check
 from gradguard.paths import Reachability, gradient_readings, reachable_parameters
 from gradguard.policies import AnySignal, Finite, LossSpike, NormSpike, Policy
+from gradguard.preflight import preflight
 from gradguard.records import (
     OUTCOME_TABLE,
     Drift,
@@ -39,6 +51,10 @@ __all__ = [
     "OUTCOME_TABLE",
     "AnySignal",
     "Cause",
+    "Check",
+    "CheckFailedError",
+    "CutReason",
+    "DeadGradient",
     "Diagnosis",
     "Drift",
     "DriftMeter",
@@ -51,12 +67,16 @@ __all__ = [
     "Guard",
     "LiveView",
     "LossSpike",
+    "NonfiniteOrigin",
     "NormSpike",
+    "OverfitReport",
     "ParameterReading",
+    "PathCut",
     "PathReading",
     "PathState",
     "Plan",
     "Policy",
+    "PreflightReport",
     "Reachability",
     "Rule",
     "Run",
@@ -75,11 +95,16 @@ __all__ = [
     "WindowReading",
     "averaged_lag",
     "diagnose",
+    "explain_paths",
     "global_norm",
     "gradient_readings",
+    "locate_dead",
+    "locate_nonfinite",
     "nonfinite_counts",
     "outcome_line",
+    "overfit_check",
     "persistent_nan",
+    "preflight",
     "reachable_parameters",
     "read_run",
     "sanitize_gradients_",

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from gradguard.diagnosis import Cause, Diagnosis
 from gradguard.evidence import Evidence
+from gradguard.facts import ProbeReading
 from gradguard.findings import RULE_FAULT, Finding, Rule, Severity
 from gradguard.rules import CATALOGUE
 from gradguard.runlog import RunLog
@@ -108,6 +109,19 @@ def diagnose(
         looked_at=tuple(looked_at),
         not_looked_at=unseen,
     )
+
+
+def asks_for_probes(log: RunLog) -> bool:
+    """Whether a rule found something of which it would like to know the source line.
+
+    Sync: none; rules read plain values.
+    """
+    if log.facts_of(ProbeReading):
+        return False
+    evidence = Evidence(log)
+    asking: list[RuleModule] = [module for module in CATALOGUE if module.RULE.asks]
+    fit = [m for m in asking if all(sight in evidence.sights for sight in m.RULE.needs)]
+    return any(_judged(module, evidence, {}) for module in fit)
 
 
 def fold(
@@ -217,5 +231,7 @@ def _like(default: float, value: float, key: str) -> float:
     """
     if not math.isfinite(value) or (isinstance(default, int) and value != int(value)):
         kind = "whole number" if isinstance(default, int) else "finite number"
-        raise UnknownRuleError(f"threshold {key}={value}: expected a {kind}; the default is {default}")
+        raise UnknownRuleError(
+            f"threshold {key}={value}: expected a {kind}; the default is {default}"
+        )
     return type(default)(value)

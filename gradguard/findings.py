@@ -90,6 +90,7 @@ class Rule:
         needs: evidence without which the rule cannot be judged.
         explains: codes of problems that follow from this one, in the same step or later; has no cycle.
         explains_later: codes of problems that follow from this one in later steps only.
+        asks: whether its findings ask the guard to listen to one step: the rule names the source line then.
     """
 
     code: str
@@ -101,6 +102,7 @@ class Rule:
     needs: tuple[Sight, ...] = (Sight.STEPS,)
     explains: tuple[str, ...] = ()
     explains_later: tuple[str, ...] = ()
+    asks: bool = False
 
     def finding(
         self,

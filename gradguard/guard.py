@@ -416,6 +416,8 @@ class Guard:
             watch.alert()
         self.log.append(record)
         self._write(record)
+        if self._sensors is not None:
+            self._sensors.delivered(record, self.log)
         for index, listener in enumerate(self._listeners):
             self._protect(f"listener {index}", partial(listener, record))
 

@@ -291,6 +291,8 @@ class OptimizerWatch:
 
     def _skipped_without_call(self) -> Draft:
         self._refresh()
+        if self._sensors is not None:
+            self._sensors.before_step()
         draft, gradients = self._new_draft()
         self._alert_steps += 1  # the host knows that something is wrong: count exactly
         self._protect("gradients", lambda: self._measure_gradients(draft, gradients))

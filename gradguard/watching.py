@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from gradguard.engine import diagnose
+from gradguard.arming import Arming
+from gradguard.engine import asks_for_probes, diagnose
 from gradguard.facts import Plan
 from gradguard.gate import StepGate
 from gradguard.guard import Guard
@@ -32,6 +33,7 @@ def watch(
     lag: int = 8,
     wrap_update: bool = True,
     plan: Plan | None = None,
+    explain: bool = True,
     strict: bool = False,
 ) -> Guard:
     """Watch every optimizer step of a training loop; leave the block or call ``detach()`` to stop.
@@ -56,6 +58,8 @@ def watch(
         wrap_update: False to leave ``GradScaler.update`` alone and call ``before_update`` and
             ``after_update`` around it yourself.
         plan: what you intend, such as the number of steps; rules compare it with what happens.
+        explain: listen to one step (two at most in a run, a few times slower) when a rule finds a gradient that
+            is missing, zero or not finite, so that it can name the operation and the source line.
         strict: raise faults of the guard instead of recording them (for tests).
 
     Raises:
@@ -93,8 +97,17 @@ def watch(
     guard.look_around(_surroundings(model, optimizers, scalers, plan))
     inner = {name: innermost_optimizer(one) for name, one in optimizers.items()}
     clock = guard.clock(detail_every=detail_every)
+    arming = Arming(model, asks=asks_for_probes, add=guard.add_fact) if explain else None
     guard.use_sensors(
-        Sensors(model, inner, clock=clock, add=guard.add_fact, protect=guard.protect, lag=4 * lag)
+        Sensors(
+            model,
+            inner,
+            clock=clock,
+            add=guard.add_fact,
+            protect=guard.protect,
+            lag=4 * lag,
+            arming=arming,
+        )
     )
     if averaged is not None:
         guard.follow_copy("averaged", averaged)

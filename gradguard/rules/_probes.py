@@ -18,6 +18,15 @@ def probe_of(
     return None
 
 
+def birth_of(run: Evidence) -> ProbeReading | None:
+    """Return the first probe that saw NaN or Inf being born; not one where it came in with a parameter.
+
+    A broken step leaves NaN in the parameters, and what a later step meets is its consequence.
+    """
+    found = (one for one in run.of(ProbeReading) if one.kind == "nonfinite")
+    return next((one for one in found if one.parameter is None), None)
+
+
 def where(probe: ProbeReading | None) -> str:
     """Return line, operation and reason as the end of a sentence; empty for no probe."""
     if probe is None:

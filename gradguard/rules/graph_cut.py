@@ -29,6 +29,7 @@ RULE = Rule(
     "parameters and the loss.",
     needs=(Sight.STEPS,),
     explains=("GG306",),
+    asks=True,
 )
 
 

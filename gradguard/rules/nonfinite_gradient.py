@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from gradguard.evidence import Evidence
 from gradguard.findings import Finding, Rule, Severity, Sight
 from gradguard.records import StepOutcome, StepRecord
-from gradguard.rules._probes import probe_of, where
+from gradguard.rules._probes import birth_of, where
 from gradguard.rules._runs import run, setup, step
 from gradguard.runlog import RunLog
 
@@ -29,6 +29,7 @@ RULE = Rule(
     needs=(Sight.STEPS,),
     explains=("GG604",),
     explains_later=("GG602",),
+    asks=True,
 )
 
 
@@ -43,7 +44,7 @@ def check(run: Evidence) -> Iterator[Finding]:
                 f"at step {first.step} the gradient of {first.first_nonfinite} is not finite although "
                 "the loss is "
                 f"({first.nonfinite_tensors} tensors in all; {len(bad)} of {len(records)} steps of {name!r})"
-                f"{where(probe_of(run, 'nonfinite'))}",
+                f"{where(birth_of(run))}",
                 place=first.first_nonfinite,
                 first_step=first.step,
                 last_step=bad[-1].step,

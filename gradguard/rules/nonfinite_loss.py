@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from gradguard.evidence import Evidence
 from gradguard.findings import Finding, Rule, Severity, Sight
-from gradguard.rules._probes import probe_of, where
+from gradguard.rules._probes import birth_of, where
 from gradguard.rules._runs import run, setup, step
 from gradguard.runlog import RunLog
 
@@ -33,6 +33,7 @@ RULE = Rule(
         "GG502",
         "GG501",
     ),
+    asks=True,
 )
 
 
@@ -46,7 +47,7 @@ def check(run: Evidence) -> Iterator[Finding]:
             term = f"; the term {terms[0]!r} is" if terms else ""
             yield RULE.finding(
                 f"the loss of {name!r} is {first.loss} at step {first.step}{term}"
-                f"{where(probe_of(run, 'nonfinite'))}",
+                f"{where(birth_of(run))}",
                 place=terms[0] if terms else None,
                 first_step=first.step,
                 last_step=bad[-1].step,

@@ -30,6 +30,7 @@ RULE = Rule(
     "look for dead units.",
     needs=(Sight.STEPS,),
     explains=("GG306",),
+    asks=True,
 )
 
 

@@ -83,4 +83,4 @@ def _collect(value: Any, found: list[Tensor], most: int, depth: int) -> None:
             _collect(one, found, most, depth - 1)
     elif depth and hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
-            _collect(vars(value).get(name), found, most, depth - 1)
+            _collect(getattr(value, name, None), found, most, depth - 1)

@@ -11,7 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradguard.arming import Arming
 from gradguard.facts import Fact, MetricReading, ProbeReading
+from gradguard.records import StepRecord
+from gradguard.runlog import RunLog
 from gradguard.sensors.batch_watch import BatchWatch
 from gradguard.sensors.copies import CopyWatch, Role
 from gradguard.sensors.foreign_steps import ForeignSteps
@@ -60,6 +63,7 @@ class Sensors:
         add: takes finished facts.
         protect: the guard's boundary.
         lag: how many facts are collected before they are copied to the host.
+        arming: listens to one step when a rule asks for it; None for never.
 
     Sync: none, except :meth:`flush`.
     """
@@ -73,9 +77,11 @@ class Sensors:
         add: Callable[[Fact], None],
         protect: Protect,
         lag: int,
+        arming: Arming | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self._clock, self._add, self._protect = clock, add, protect
+        self._arming = arming
         self._alone = len(optimizers) == 1
         self._queue = FactQueue(add, lag=lag)
         self._copies = CopyWatch(model, self._queue)
@@ -96,12 +102,17 @@ class Sensors:
 
     def begin(self) -> None:
         """Put the hooks of a detailed step in place, before its first forward. Sync: none."""
+        arming = self._arming
+        if arming is not None:
+            self._protect("probes", lambda: arming.begin(self._clock.attempts()))
         if self._clock.is_detailed():
             self._protect("modules", lambda: self._modules.start(self._clock.attempts()))
             self._protect("replicas", self._replicas.start)
 
     def before_step(self) -> None:
-        """Read what is about to be used by a step. Sync: none."""
+        """Read what is about to be used by a step. Sync: none, unless this step was listened to."""
+        if self._arming is not None:
+            self._protect("probes", self._arming.end)
         self._protect("loads", self._loads.before_step)
         self._protect("replicas", self._replicas.at_step)
 
@@ -132,6 +143,12 @@ class Sensors:
         if call.grad:
             self._protect("batches", lambda: self._batches.given(call.inputs))
             self._protect("replicas", lambda: self._replicas.given(call.inputs))
+
+    def delivered(self, record: StepRecord, log: RunLog) -> None:
+        """Ask the rules whether a coming step should be listened to."""
+        arming = self._arming
+        if arming is not None:
+            self._protect("probes", lambda: arming.consider(record, log))
 
     # --- what the user tells -------------------------------------------------------------------
 
@@ -196,6 +213,8 @@ class Sensors:
 
     def close(self) -> None:
         """Remove every hook and hand on what was measured. Sync: waits for the device."""
+        if self._arming is not None:
+            self._protect("probes", self._arming.end)
         self._protect("modules", self._modules.stop)
         self._protect("copies", lambda: self._copies.read(self._clock.attempts()))
         self.flush()
