@@ -9,11 +9,12 @@ Sources: https://docs.pytorch.org/tutorials/beginner/saving_loading_models.html 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gradguard.evidence import Evidence
 from gradguard.facts import LoadReading
 from gradguard.findings import Finding, Rule, Severity, Sight
+from gradguard.records import StepRecord
 from gradguard.rules._facts import loaded
 from gradguard.rules._runs import run, setup, step
 from gradguard.runlog import RunLog
@@ -38,7 +39,7 @@ def check(run: Evidence, *, scheduled: int = 2) -> Iterator[Finding]:
         window = first.window
         if window is None or not any(step <= first.step for step in loads):
             continue
-        done = max(window.scheduler_steps, default=0)
+        done = _already_scheduled(records)
         later = next((r.window for r in records[1:] if r.window is not None), None)
         stateful = later is not None and bool(later.state_entries)
         if window.state_entries == 0 and stateful and done >= scheduled:
@@ -49,6 +50,17 @@ def check(run: Evidence, *, scheduled: int = 2) -> Iterator[Finding]:
                 first_step=first.step,
                 evidence={"scheduler_steps": done, "state_entries": 0},
             )
+
+
+def _already_scheduled(records: Sequence[StepRecord]) -> int:
+    """Return how far the scheduler was at least when the first step began.
+
+    It may be found some steps late; in each of those it can have moved on by one.
+    """
+    for record in records:
+        if record.window is not None and record.window.scheduler_steps:
+            return max(record.window.scheduler_steps) - (record.step - records[0].step)
+    return 0
 
 
 def _resumed(scheduled: int) -> RunLog:

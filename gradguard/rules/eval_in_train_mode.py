@@ -67,7 +67,8 @@ def _is_evaluation(known: list[StepRecord], hits: list[StepRecord]) -> bool:
         return False
     if _in_train(known[0]) and len(hits) == len(known) - 1:
         return False
-    now_and_then = 2 * len(hits) <= len(known)
+    paused = len(hits) < len(known) - known.index(hits[0])
+    now_and_then = paused and 2 * len(hits) <= len(known)
     return now_and_then or (hits[0] is known[1] and not _in_train(known[0]))
 
 

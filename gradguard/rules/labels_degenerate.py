@@ -1,10 +1,11 @@
 """Batches of one class each: the order of the labels, or the labels themselves, prevent learning.
 
-Looks at: integer targets of one number per row: the most common value and its share in every batch. Shuffled
-batches are next to never of one class while another batch is of another one; sorted data are. Limits: labels
-that are the same in every batch may be a rare class that has not come yet, or the unused labels of a folder
-of images: they alarm only for a loss over classes and after ``rows`` rows. A sorted order with several
-classes in every batch is left alone.
+Looks at: integer targets of one number per row: whether the first 64 rows of a batch are of one class, and
+which; the first 64 batches of a run and those of detailed steps are read. Shuffled batches are next to never
+of one class while another batch is of another one; sorted data are. Limits: labels that are the same in every
+batch may be a rare class that has not come yet, or the unused labels of a folder of images: they alarm only
+for a loss over classes and after ``rows`` rows. A sorted order with several classes in every batch is left
+alone.
 
 Sources: https://docs.pytorch.org/docs/stable/data.html (shuffle).
 """
@@ -36,15 +37,15 @@ def check(
 ) -> Iterator[Finding]:
     """Report targets of one class per batch, or of one class in all."""
     labels = [b for b in of(run, "targets") if _is_class_per_row(b)]
-    one_class = [b for b in labels if b.top_share == 1.0]
+    one_class = [b for b in labels if len(set(b.rows or ())) == 1]
     if len(labels) < batches or len(one_class) < pure * len(labels):
         return
-    by_step: dict[int, set[float | None]] = {}
+    by_step: dict[int, set[float]] = {}
     for batch in one_class:
-        by_step.setdefault(batch.step, set()).add(batch.top_value)
+        by_step.setdefault(batch.step, set()).update(batch.rows or ())
     if any(len(values) > 1 for values in by_step.values()):
         return  # several batches make one step: it sees several classes
-    classes = {batch.top_value for batch in one_class}
+    classes = {value for values in by_step.values() for value in values}
     if len(classes) > 1:
         if _may_take_turns(run, labels[0], len(classes)):
             return
@@ -69,7 +70,7 @@ def _finding(
 
 def _is_class_per_row(batch: BatchReading) -> bool:
     single = bool(batch.shape) and features(batch) == 1
-    return single and count(batch) >= 8 and not is_floating(batch) and batch.top_share is not None
+    return single and count(batch) >= 8 and not is_floating(batch) and bool(batch.rows)
 
 
 def _may_take_turns(run: Evidence, batch: BatchReading, classes: int) -> bool:
@@ -86,9 +87,7 @@ def _has_class_loss(run: Evidence) -> bool:
 
 
 def _pure(number: int, label: float) -> BatchReading:
-    return targets(
-        number, rows=(label,) * 32, top_share=1.0, top_value=label, distinct=1, sorted_rows=1.0
-    )
+    return targets(number, rows=(label,) * 32)
 
 
 def fires_on() -> RunLog:
@@ -99,5 +98,5 @@ def fires_on() -> RunLog:
 def silent_on() -> RunLog:
     """Rare positives: most batches hold negatives only, and one batch both."""
     labels = [_pure(i, 0.0) for i in range(4)]
-    mixed = targets(4, top_share=0.97, top_value=0.0, distinct=2)
+    mixed = targets(4, rows=(0.0,) * 31 + (1.0,))
     return healthy(8, *(inputs(i) for i in range(5)), *labels, mixed)

@@ -1,10 +1,11 @@
 """A network of several linear layers with nothing between them.
 
 Looks at: the operations in the graph of the loss: several weight products, and no operation that bends
-anything besides those of the loss itself; and two linear layers, the first no bottleneck, of which the second
-is given what the first one makes. One layer could replace both. Frozen layers (adapters beside them),
-low-rank factors, attention and normalisation are silent. Limits: a deep linear network that is meant to be
-one looks the same; convolutions are not judged.
+anything besides those of the loss itself; and two linear layers of which the second is given what the first
+one makes, and between which nothing is narrow. One layer could replace both. Frozen layers (adapters beside
+them), low-rank factors, projections, attention and normalisation are silent. Limits: a deep linear network
+that is meant to be one looks the same; convolutions are not judged, and neither are two layers that narrow
+only a little.
 
 Sources: https://cs231n.github.io/neural-networks-1/ (the non-linearity is critical).
 """
@@ -98,9 +99,9 @@ def _is_close(one: float | None, other: float | None) -> bool:
 def _is_redundant(first: ModuleFacts, second: ModuleFacts) -> bool:
     width, inner = first.settings.get("out_features"), second.settings.get("in_features")
     start, end = first.settings.get("in_features"), second.settings.get("out_features")
-    if None in (width, inner, start, end) or width != inner:
+    if width is None or inner != width or start is None or end is None:
         return False
-    return (width or 0.0) >= min(start or 0.0, end or 0.0)
+    return width >= max(start, end) or width >= 2 * min(start, end)
 
 
 def _squares(number: int) -> LossReading:

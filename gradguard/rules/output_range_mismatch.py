@@ -132,9 +132,9 @@ def _missed(bound: float, squared: bool) -> float:
     """
     if bound == -inf:
         return 0.0
-    below = 0.5 * (1 + erf(bound / sqrt(2)))
+    share = 0.5 * (1 + erf(bound / sqrt(2)))
     density = exp(-0.5 * bound**2) / sqrt(2 * pi)
-    return (1 + bound**2) * below + bound * density if squared else bound * below + density
+    return (1 + bound**2) * share + bound * density if squared else bound * share + density
 
 
 def _place(run: Evidence, bound: str) -> str | None:

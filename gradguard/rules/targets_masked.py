@@ -12,7 +12,7 @@ Sources: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLos
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isnan
+from math import isnan, prod
 
 from gradguard.evidence import Evidence
 from gradguard.facts import BatchReading, LossReading
@@ -42,7 +42,7 @@ def check(
     """Report batches without any target, runs with next to none, and a class that is ignored."""
     read = [b for b in measured(of(run, "targets")) if b.ignored_fraction is not None]
     empty = [b for b in read if b.ignored_fraction == 1.0]
-    rare = [b for b in read if (b.ignored_fraction or 0.0) >= most]
+    rare = [b for b in read if _is_rare(b, most)]
     lost = {record.step for record in run.steps if record.loss is not None and isnan(record.loss)}
     broken = [b for b in empty if b.step in lost]
     if broken or (len(read) >= batches and 2 * len(empty) >= len(read)):
@@ -55,6 +55,12 @@ def check(
             rare, f"in all {len(read)} batches at least {most:.0%} of the targets are ignored"
         )
     yield from _class_ignored(run, read, share)
+
+
+def _is_rare(one: BatchReading, most: float) -> bool:
+    """Whether next to none is kept, and not even one in every second row: one answer per text is enough."""
+    ignored = one.ignored_fraction or 0.0
+    return ignored >= most and (1 - ignored) * prod(one.shape) < 0.5 * count(one)
 
 
 def _finding(hit: list[BatchReading], message: str) -> Finding:

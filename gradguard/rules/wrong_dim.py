@@ -37,13 +37,10 @@ _NAMES = frozenset(("Softmax", "LogSoftmax"))
 
 def check(run: Evidence, *, readings: int = 2) -> Iterator[Finding]:
     """Report every loss with a softmax over dimension 0 of a batch, by name."""
-    rows: dict[int, set[int]] = {}
-    for one in run.of(BatchReading):
-        if one.shape and one.split == "train":
-            rows.setdefault(one.step, set()).add(one.shape[0])
+    rows, given = _rows(run, "targets"), _rows(run, "inputs")
     found: dict[str, list[tuple[int, GraphNode]]] = {}
     for reading in run.of(LossReading):
-        wrong = _over_rows(reading, rows.get(reading.step, set()))
+        wrong = _over_rows(reading, rows.get(reading.step) or given.get(reading.step))
         if wrong is not None:
             found.setdefault(reading.name, []).append((reading.step, wrong))
     for name, several in found.items():
@@ -60,7 +57,16 @@ def check(run: Evidence, *, readings: int = 2) -> Iterator[Finding]:
         )
 
 
-def _over_rows(reading: LossReading, rows: set[int]) -> GraphNode | None:
+def _rows(run: Evidence, tensor: str) -> dict[int, int]:
+    """Return by step how many rows the batch has; the targets know it best: inputs may have time first."""
+    return {
+        one.step: one.shape[0]
+        for one in run.of(BatchReading)
+        if one.tensor == tensor and one.split == "train" and one.shape
+    }
+
+
+def _over_rows(reading: LossReading, rows: int | None) -> GraphNode | None:
     """Return the softmax over the batch, if there is one and all are."""
     last = output_node(reading)
     near = [one for one in reading.nodes if last is not None and one.depth <= last.depth]
@@ -71,7 +77,7 @@ def _over_rows(reading: LossReading, rows: set[int]) -> GraphNode | None:
     first = wrong[0]
     size = (first.shape or (0,))[0]
     by_class = any(one.name in CLASSES and first.name in one.follows for one in reading.nodes)
-    is_batch = size in rows if rows else by_class
+    is_batch = size == rows if rows else by_class
     return first if is_batch and (output_shape(reading) or ())[:1] == (size,) else None
 
 

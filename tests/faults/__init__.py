@@ -2,12 +2,15 @@
 
 from tests.faults import (
     amp,
+    copies_and_reports,
+    data,
     gradient_handling,
     gradient_path,
     mode_and_loss,
     numerics,
     optimizer,
     tempting,
+    tempting_copies,
     tempting_forwards,
 )
 from tests.faults.cases import FAULTS, HEALTHY
@@ -16,11 +19,14 @@ __all__ = [
     "FAULTS",
     "HEALTHY",
     "amp",
+    "copies_and_reports",
+    "data",
     "gradient_handling",
     "gradient_path",
     "mode_and_loss",
     "numerics",
     "optimizer",
     "tempting",
+    "tempting_copies",
     "tempting_forwards",
 ]

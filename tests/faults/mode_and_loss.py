@@ -367,3 +367,24 @@ def layers_without_activation_nobody_keeps(broken: bool) -> RunLog:
     bend: list[nn.Module] = [nn.Identity() if broken else nn.ReLU() for _ in range(2)]
     layers = (nn.Linear(8, 16), bend[0], nn.Linear(16, 16), bend[1], nn.Linear(16, 3))
     return fitted(nn.Sequential(*layers), labelled(), functional.cross_entropy, hold=False)
+
+
+@fault("loss", "GG912")
+def loss_of_the_truth(broken: bool) -> RunLog:
+    """The loss compares each prediction with the target of the next row."""
+
+    def loss_of(output: Tensor, y: Tensor) -> Tensor:
+        return functional.mse_loss(output, y.roll(1, 0) if broken else y)
+
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with gg.watch(model, optimizer) as guard:
+        for index, (x, y) in enumerate(regression(STEPS)):
+            if index == 0:
+                guard.probe("loss at truth", loss_of(y, y))
+            loss = loss_of(model(x), y)
+            guard.observe(loss=loss, targets=y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return guard.log
