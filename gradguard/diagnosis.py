@@ -15,6 +15,14 @@ class Cause:
     finding: Finding
     consequences: tuple[Finding, ...] = ()
 
+    @property
+    def follows(self) -> tuple[str, ...]:
+        """The consequences, a line for every rule: one fault can leave its mark on a hundred layers."""
+        by_code: dict[str, list[Finding]] = {}
+        for one in self.consequences:
+            by_code.setdefault(one.code, []).append(one)
+        return tuple(_folded(code, found) for code, found in by_code.items())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
@@ -72,8 +80,13 @@ def _cause_lines(cause: Cause) -> list[str]:
         lines.append(f"    evidence: {numbers}")
     if found.remedy:
         lines.append(f"    fix: {found.remedy}")
-    lines += [f"    follows: {one.code} {one.message}" for one in cause.consequences]
+    lines += [f"    follows: {line}" for line in cause.follows]
     return lines
+
+
+def _folded(code: str, found: list[Finding]) -> str:
+    more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
+    return f"{code} {found[0].message}{more}"
 
 
 def _unseen_lines(unseen: Mapping[str, str]) -> list[str]:

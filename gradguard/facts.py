@@ -20,6 +20,7 @@ class Plan:
         max_gradient_norm: threshold of the norm clipping.
         frozen: name prefixes of parameters that are frozen on purpose.
         floor: smallest loss that is possible, 0.0 for most; used to tell a plateau at the optimum.
+        groups: by a name of your choice, the name prefixes of parameters that belong in one parameter group.
     """
 
     steps: int | None = None
@@ -27,6 +28,7 @@ class Plan:
     max_gradient_norm: float | None = None
     frozen: tuple[str, ...] = ()
     floor: float | None = None
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -468,7 +470,7 @@ class ProbeReading:
     Attributes:
         step: when.
         kind: ``"cut"``, ``"nonfinite"``, ``"dead"``, ``"wrong backward"``, ``"eval differs"``,
-            ``"loss at truth"`` or ``"functions differ"``.
+            ``"loss at truth"``, ``"functions differ"`` or ``"at chance"``.
         parameter: name of the parameter concerned; None for none.
         op: name of the operation. reason: why, such as ``"detach"``, ``"nan"``, ``"inf"``.
         module: dotted path of the module it happened in. line: ``"file.py:48"``. source: text of that line.

@@ -178,8 +178,9 @@ class Guard:
         Args:
             kind: ``"loss at truth"`` (the loss when predictions equal targets), ``"functions differ"``
                 (relative difference of the training and the validation function on one batch),
-                ``"eval differs"`` (relative difference of train and eval mode beyond dropout) or
-                ``"wrong backward"`` (relative difference from a finite difference).
+                ``"eval differs"`` (relative difference of train and eval mode beyond dropout),
+                ``"wrong backward"`` (relative difference from a finite difference) or ``"at chance"``
+                (agreement with the truth of what is meant to carry the signal, over that of a random one).
             value: the number.
             parameter: name of the parameter it is about.
             op: name of the function or operation it is about.

@@ -217,6 +217,7 @@ class WindowReading:
         stale_backwards: times a backward pass reached the output of a forward pass of an earlier window.
         autocast: dtype of autocast in the last training forward, such as ``"float16"``; None without.
         scaler_updates: calls of ``scaler.update()``, this attempt's own included.
+        scaler_strays: entries of the scaler's table that belong to no optimizer, before the update.
         fresh_micro_steps: micro-steps that began with an empty or all-zero sampled gradient.
         carried_norm: norm of the sampled gradient before the first micro-step; 0.0 for an empty one.
         backward_norm: norm of the sampled gradient after the last micro-step, loss scale divided out.
@@ -244,6 +245,7 @@ class WindowReading:
     stale_backwards: int | None = None
     autocast: str | None = None
     scaler_updates: int | None = None
+    scaler_strays: int | None = None
     fresh_micro_steps: int | None = None
     carried_norm: float | None = None
     backward_norm: float | None = None

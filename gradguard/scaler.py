@@ -108,6 +108,16 @@ def loss_scale(scaler: GradScaler) -> Tensor | None:
     return _clone(scaler._scale) if scaler.is_enabled() else None
 
 
+def stray_entries(scaler: GradScaler) -> int:
+    """Return how many entries of the scaler's table have a key that is no ``id``: somebody asked by object.
+
+    Sync: none.
+    """
+    if not scaler.is_enabled():
+        return 0
+    return sum(not isinstance(key, int) for key in scaler._per_optimizer_states)
+
+
 def scaler_stage(scaler: GradScaler, optimizer: object) -> str:
     """Return ``"disabled"``, ``"ready"``, ``"unscaled"`` or ``"stepped"``. Sync: none."""
     if not check_scaler(scaler).is_enabled():

@@ -27,7 +27,13 @@ from gradguard.gate import StepGate
 from gradguard.gradient_samples import GradientSamples
 from gradguard.holdings import Holdings
 from gradguard.norms import nonfinite_counts, tensor_norms
-from gradguard.scaler import innermost_optimizer, loss_scale, optimizer_keys, read_scaler
+from gradguard.scaler import (
+    innermost_optimizer,
+    loss_scale,
+    optimizer_keys,
+    read_scaler,
+    stray_entries,
+)
 from gradguard.schedulers import FoundScheduler
 from gradguard.window import Number, Window
 
@@ -282,6 +288,7 @@ class OptimizerWatch:
         if self._pending is not None:
             self._pending.put("found_inf", reading.found_inf)
             self._pending.put("scale_before", reading.loss_scale)
+            self._pending.activity["scaler_strays"] = stray_entries(self._scaler)
 
     def after_update(self) -> None:
         """Finish the step that this update belongs to."""

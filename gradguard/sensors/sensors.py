@@ -27,7 +27,7 @@ from gradguard.sensors.replicas import ReplicaWatch
 
 Protect = Callable[[str, Callable[[], None]], None]
 _EARLY_STEPS = 3
-PROBES = ("loss at truth", "functions differ", "eval differs", "wrong backward")
+PROBES = ("loss at truth", "functions differ", "eval differs", "wrong backward", "at chance")
 """Kinds of comparisons that users make and tell."""
 
 

@@ -68,8 +68,7 @@ def _told(cause: Cause) -> list[tuple[str, Text]]:
     last_line = _last_line(found.detail)
     if last_line:
         rows.append(("detail", _single(last_line)))
-    for one in cause.consequences:
-        rows.append(("follows", _single(f"{one.code} {one.message}")))
+    rows += [("follows", _single(line)) for line in cause.follows]
     return rows
 
 

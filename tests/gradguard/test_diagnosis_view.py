@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -119,7 +120,8 @@ def test_a_traceback_is_told_by_its_last_line():
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_no_line_is_wider_than_the_console(width: int):
     """The view fits from 40 columns on."""
-    cause = Cause(finding=CUT, consequences=(STUCK,) * 3)
+    others = tuple(replace(STUCK, code=code) for code in ("GG306", "GG502", "GG604"))
+    cause = Cause(finding=CUT, consequences=others)
     lacking = dict.fromkeys(("GG101", "GG102"), "a very long description of what is lacking " * 3)
     lines = drawn(Diagnosis(causes=(cause,), steps=1, not_looked_at=lacking), width=width)
     assert max(map(len, lines)) <= width
@@ -140,3 +142,13 @@ def test_text_of_the_user_is_shown_and_not_obeyed(text: str):
     told = "\n".join(drawn(Diagnosis(causes=(Cause(finding=found),), steps=1), width=200))
     assert "[red]" in told
     assert all(letter.isprintable() or letter == "\n" for letter in told)
+
+
+def test_consequences_of_one_rule_share_a_line():
+    """A fault that leaves the same mark on many layers takes one line, which says how many."""
+    cause = Cause(finding=CUT, consequences=(STUCK,) * 3)
+    follows = [
+        line for line in drawn(Diagnosis(causes=(cause,), steps=1), width=400) if "follows" in line
+    ]
+    assert len(follows) == 1
+    assert follows[0].rstrip().endswith("(and 2 more like it)")

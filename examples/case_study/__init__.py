@@ -1,0 +1,1 @@
+"""The case that started gradguard, rebuilt: a published pipeline with its faults as switches."""
