@@ -193,6 +193,7 @@ class ModuleReading:
             mean, in running standard deviations, median over the features.
         statistics_ratio: median over features of batch variance over running variance.
         padding_fraction: Embedding with padding_idx: share of input indices equal to it.
+        padding_interior: of these, the share with other indices on both sides in their row.
         masked_fraction: attention layers: share of masked positions in the key padding mask.
         masked_rms, kept_rms: attention layers: root mean square of the input at masked and at other positions.
     """
@@ -221,6 +222,7 @@ class ModuleReading:
     statistics_shift: float | None = None
     statistics_ratio: float | None = None
     padding_fraction: float | None = None
+    padding_interior: float | None = None
     masked_fraction: float | None = None
     masked_rms: float | None = None
     kept_rms: float | None = None

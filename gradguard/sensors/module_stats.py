@@ -42,7 +42,10 @@ def forward_statistics(
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 (the only common class)
             found |= _running_statistics(module, first)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None and inputs:
-        found["padding_fraction"] = (inputs[0] == module.padding_idx).double().mean()
+        padding = inputs[0] == module.padding_idx
+        found["padding_fraction"] = padding.double().mean()
+        if padding.dim() == 2 and padding.shape[1] > 2:
+            found["padding_interior"] = _interior(padding)
     return found
 
 
@@ -147,6 +150,15 @@ def _input_statistics(tensor: Tensor) -> dict[str, Tensor]:
     if len(cube) > 1:
         found["input_row_std"] = cube.var(0, correction=0).mean().sqrt()
     return found
+
+
+def _interior(padding: Tensor) -> Tensor:
+    """Return the share of the padded positions that have others on both sides in their row; 0 without any."""
+    others = (~padding).long()
+    before = others.cumsum(1) > 0
+    after = others.flip(1).cumsum(1).flip(1) > 0
+    inside = padding & before & after
+    return inside.double().sum() / padding.double().sum().clamp_min(1.0)
 
 
 def _saturated(cube: Tensor, low: float, high: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional
 import gradguard as gg
 from gradguard.runlog import RunLog
 from tests.faults.cases import fault, network, regression, squared_error
-from tests.faults.data import classes, cut
+from tests.faults.data import classes, cut, fit
 from tests.faults.optimizer import trained
 
 
@@ -339,3 +339,46 @@ def pseudo_labels_of_another_order(broken: bool) -> RunLog:
             optimizer.step()
             optimizer.zero_grad()
     return guard.log
+
+
+@fault("precision", "GG201", place="0.weight")
+def half_precision_without_a_scaler(broken: bool) -> RunLog:
+    """float16 autocast without a loss scaler, and a loss that is divided by a million tokens."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=not broken)
+    with gg.watch(model, optimizer, scaler=scaler) as guard:
+        for x, y in regression(8):
+            with torch.autocast("cpu", dtype=torch.float16):
+                output = model(x)
+            loss = squared_error(output.float(), y) / 2**20
+            guard.observe(loss=loss)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return guard.log
+
+
+class Bag(nn.Module):
+    """A classifier of short texts by the mean of their embeddings."""
+
+    def __init__(self, *, padding: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16, padding_idx=padding)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return scores of every text."""
+        scores: Tensor = self.head(self.embedding(tokens).mean(1))
+        return scores
+
+
+@fault("data", "GG1009", place="embedding")
+def padding_index_is_a_word(broken: bool) -> RunLog:
+    """padding_idx is 1, the most frequent word; padding is 0."""
+    tokens = torch.randint(1, 20, (256, 12))
+    tokens[torch.rand(256, 12) < 0.2] = 1
+    tokens[:, 9:] = 0
+    y = tokens[:, :9].sum(1) % 3
+    return fit(Bag(padding=1 if broken else 0), cut(tokens, y))
