@@ -51,3 +51,14 @@ def test_the_readme_names_every_outcome():
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{outcome}` |" in text for outcome in StepOutcome)
+
+
+def test_the_page_of_causes_names_every_rule():
+    """Each rule of the catalogue stands beside a cause, and no code that does not exist does."""
+    from gradguard.pages import every_rule
+
+    text = (ROOT / "docs" / "explanation" / "causes.md").read_text(encoding="utf-8")
+    known = {rule.code for rule in every_rule()}
+    named = set(re.findall(r"GG\d{3,4}", text))
+    assert named <= known
+    assert not {code for code in known - named if not code.startswith("GG00")}
