@@ -295,3 +295,22 @@ def test_schedulers_behave_as_without_a_guard():
         return [str(w.message) for w in caught]
 
     assert warnings_of(watch=True) == warnings_of(watch=False)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_question_by_object_is_noted(asked):
+    """Asking the scaler's table by the optimizer itself leaves an entry, which the record counts."""
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = GradScaler("cpu", init_scale=8.0)
+    with gg.watch(model, optimizer, scaler=scaler) as guard:
+        for _ in range(3):
+            scaler.scale(model(torch.ones(2, 3)).sum()).backward()
+            scaler.unscale_(optimizer)
+            if asked:
+                assert not scaler._per_optimizer_states[optimizer]["found_inf_per_device"]
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert [record.window.scaler_strays for record in guard.log] == [int(asked)] * 3
+    assert ("GG108" in {cause.finding.code for cause in guard.diagnosis().causes}) is asked

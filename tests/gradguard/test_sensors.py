@@ -129,6 +129,27 @@ def test_dead_and_saturated_units_are_shares_of_units_and_values():
     assert 0.5 <= tanh.saturated_fraction < 0.7
 
 
+@pytest.mark.parametrize(
+    ("rows", "interior"),
+    [
+        ([[5, 3, 0, 0], [4, 0, 0, 0]], 0.0),  # at the end
+        ([[0, 0, 5, 3], [0, 4, 2, 6]], 0.0),  # in front
+        ([[5, 0, 3, 0], [4, 0, 0, 7]], 0.75),  # three of four stand between others
+        ([[5, 3, 2, 1], [4, 6, 2, 1]], 0.0),  # none at all
+        ([[0, 0, 0, 0], [4, 0, 5, 6]], 0.2),  # an empty row has no others
+    ],
+)
+def test_padding_between_other_tokens_is_told_from_padding_at_the_ends(rows, interior):
+    """The share counts padded positions with other tokens on both sides in their row."""
+    model = nn.Sequential(nn.Embedding(8, 4, padding_idx=0), nn.Flatten(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gg.watch(model, optimizer) as guard:
+        model(torch.tensor(rows)).sum().backward()
+        optimizer.step()
+    (reading,) = facts(guard.log, ModuleReading, module="0")
+    assert reading.padding_interior == pytest.approx(interior)
+
+
 def test_batches_are_known_by_their_rows():
     """The same rows have the same fingerprint in the loader, the forward and another split."""
     model, optimizer = classifier()
