@@ -12,7 +12,7 @@ from examples.case_study.faults import ALL, Fault, by_slug
 from examples.case_study.pipeline import run
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "case-study.md"
-EPOCHS = 2
+EPOCHS = 1
 
 
 @pytest.fixture(autouse=True)
