@@ -30,6 +30,11 @@ RANGE_MARGIN = 1.1
 
 _FIRST_DAMPING = 1e-2
 _ROUND = 4
+"""Steps between two looks at which scenes have converged."""
+
+_WORTH_COPYING = 0.75
+"""Converged scenes are set aside when no more than this share still moves."""
+
 _LEAST_DAMPING = 1e-6
 _LONGEST_STEP_RAD = 0.1
 _CONVERGED = 1e-3
@@ -98,29 +103,31 @@ def descend(physics: ScenePhysics, blocks: SensingBlocks, start: Tensor, *, iter
     """
     region = tuple(edge.to(start.device) for edge in allowed_region(physics))
     damping = torch.full_like(blocks.energy, _FIRST_DAMPING)
-    state = _State(start.clamp(*region), damping)
+    state = _State(start.clamp(*region), damping, torch.ones_like(damping, dtype=torch.bool))
     parameters, residual = start.clone(), torch.empty_like(damping)
     scenes = torch.arange(len(blocks), device=start.device)
     for first in range(0, iterations, _ROUND):
-        state, found, moving = _round(
-            physics, blocks, state, region, steps=min(_ROUND, iterations - first)
-        )
+        steps = min(_ROUND, iterations - first)
+        state, found = _round(physics, blocks, state, region, steps=steps)
         parameters[scenes], residual[scenes] = state.parameters, found
-        going = moving.nonzero().squeeze(-1)
+        going = state.moving.nonzero().squeeze(-1)
         if not len(going):
             break
-        if len(going) <= 0.75 * len(scenes):
-            scenes, blocks = scenes[going], blocks.select(going)
-            state = _State(state.parameters[going], state.damping[going])
+        if len(going) <= _WORTH_COPYING * len(scenes):
+            scenes, blocks, state = scenes[going], blocks.select(going), state.select(going)
     return Fit(parameters=parameters, residual=residual)
 
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Where the descent stands: parameters ``[B, K, 3]`` and damping ``[B]``."""
+    """Where the descent stands: parameters ``[B, K, 3]``, damping ``[B]``, and who still moves."""
 
     parameters: Tensor
     damping: Tensor
+    moving: Tensor
+
+    def select(self, index: Tensor) -> _State:
+        return _State(self.parameters[index], self.damping[index], self.moving[index])
 
 
 def _round(
@@ -130,21 +137,21 @@ def _round(
     region: tuple[Tensor, ...],
     *,
     steps: int,
-) -> tuple[_State, Tensor, Tensor]:
-    """Try some steps: the new state, the residual ``[B]``, and which scenes still move, ``[B]``."""
-    parameters, damping = state.parameters, state.damping
+) -> tuple[_State, Tensor]:
+    """Try some steps: the new state, and the residual ``[B]``."""
+    parameters, damping, moving = state.parameters, state.damping, state.moving
     here = projection_at(physics, blocks, parameters)
-    moving = torch.ones_like(damping, dtype=torch.bool)
     for _ in range(steps):
         step = _step(here, damping, _blocked(parameters, here.slope, region))
-        moving = (step * here.slope).sum(-1) > _CONVERGED * blocks.noise_power
         trial = (parameters + _by_source(step)).clamp(*region)
         there = projection_at(physics, blocks, trial)
-        better = there.residual < here.residual
+        # A scene that has converged stands still, or it would depend on its neighbours in the batch.
+        better = moving & (there.residual < here.residual)
+        moving = moving & ((step * here.slope).sum(-1) > _CONVERGED * blocks.noise_power)
         parameters = torch.where(better[:, None, None], trial, parameters)
         here = there.where(better, here)
         damping = torch.where(better, (damping / 5).clamp_min(_LEAST_DAMPING), damping * 8)
-    return _State(parameters, damping), here.residual, moving
+    return _State(parameters, damping, moving), here.residual
 
 
 def _by_source(flat: Tensor) -> Tensor:

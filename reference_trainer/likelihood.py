@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 SEARCH_GRID = GridShape(azimuths=24, elevations=14, ranges=7)
 """A third of a beam apart; finer grids end in the same places, after the descent, and cost more."""
 
+REPLACEMENT_GRID = GridShape(azimuths=18, elevations=10, ranges=5)
+"""Half a beam apart: enough to mend one source among others that are right."""
+
 _FINAL_STEPS = 24
 
 
@@ -54,10 +57,10 @@ def refine(
     start: Positions,
     *,
     iterations: int = 12,
-    replacements: int = 0,
-    tolerance: float = 0.0,
-    grid: GridShape = SEARCH_GRID,
-    chunk: int = 16,
+    replacements: int = 3,
+    tolerance: float = 1.0,
+    grid: GridShape = REPLACEMENT_GRID,
+    chunk: int = 32,
 ) -> LikelihoodFit:
     """Return the most likely positions near ``start``, slot by slot.
 
@@ -70,18 +73,18 @@ def refine(
         start: a position for each source, within about half a beam (4 degrees) of it.
         iterations: the most steps of the descent.
         replacements: how many sources of a scene may be given up and looked for on a grid, the
-            weakest first: for starts that are wrong in some sources.
+            weakest first: for starts that are wrong in some sources. 0 only descends.
         tolerance: replace only in scenes whose residual lies more than this many standard
             deviations above that of noise alone.
         grid: where replacements are looked for.
-        chunk: scenes worked on together; memory and speed, not results, depend on it.
+        chunk: scenes worked on together; memory and speed depend on it, results to rounding.
 
     Raises:
         ValueError: ``start`` has other scenes, an active source that is not finite, or an option
             is out of range.
 
     Sync: often (which scenes have converged). Memory: about 0.5 MB a scene of the chunk, with
-    replacements 10 MB.
+    replacements 3 MB more.
     """
     _require_start(scenes, start)
     _require_positive(iterations=iterations, chunk=chunk)
@@ -123,7 +126,7 @@ def maximum_likelihood(
         scenes: what was received and what the receiver knows; the truth is not read.
         num_sources: integers ``[B]``, 1 to the number of slots.
         grid: where sources are looked for.
-        chunk: scenes worked on together; memory and speed, not results, depend on it.
+        chunk: scenes worked on together; memory and speed depend on it, results to rounding.
 
     Raises:
         ValueError: ``num_sources`` has another shape or is out of range.
@@ -158,7 +161,7 @@ def fits_of_every_number(
         physics: geometry and symbol model.
         scenes: what was received and what the receiver knows; the truth is not read.
         grid: where sources are looked for.
-        chunk: scenes worked on together; memory and speed, not results, depend on it.
+        chunk: scenes worked on together; memory and speed depend on it, results to rounding.
 
     Sync: often (which scenes have converged). Memory: 5 to 9 MB a scene of the chunk.
     """

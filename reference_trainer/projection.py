@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LOADING = 1e-7
+_LOADING = 1e-9
 """Share of a column's own energy added to its diagonal: two sources at one place stay solvable."""
 
 

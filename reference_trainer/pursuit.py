@@ -183,7 +183,7 @@ def explained_alone(columns: Tensor, target: Tensor) -> Tensor:
         target: what was received, complex128 ``[B, S, R]``.
     """
     inner = columns.conj() @ columns.mT
-    loaded = inner + 1e-7 * torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+    loaded = inner + 1e-9 * torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
     inverse: Tensor = torch.linalg.inv_ex(loaded).inverse
     matched = columns.conj() @ target.unsqueeze(-1)
     power = torch.view_as_real((inverse @ matched).squeeze(-1)).square().sum(-1)

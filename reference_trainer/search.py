@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from reference_trainer.physics import ScenePhysics
     from reference_trainer.sensing import SensingBlocks
 
-_SMALLEST_SHARE = 0.1
+_SMALLEST_SHARE = 1e-3
+"""Of the energy of a column: what is left outside the span of the sources is rounding below this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

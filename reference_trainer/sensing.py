@@ -111,7 +111,7 @@ def _compressed(scenes: Scenes, received: Tensor, dtype: torch.dtype) -> tuple[T
     matched = ((received @ channel.conj()) * codes.conj()).sum(dim=1)
     lower = torch.linalg.cholesky(normal)
     target = torch.linalg.solve_triangular(lower, matched.unsqueeze(-1), upper=False)
-    return lower.mH.to(dtype).unsqueeze(1), target.mT
+    return lower.mH.resolve_conj().to(dtype).unsqueeze(1), target.mT
 
 
 def sensed(blocks: SensingBlocks, vectors: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_maximum_likelihood_spreads_as_the_bound_says(symbols: SymbolModel) -> N
     """Over fresh noise on one scene at 25 dB the estimates have the bound's standard deviation."""
     physics, scenes, sent = drawn(symbols)
     chosen = (scenes.num_sources == 2).nonzero()[0]
-    trials = 300
+    trials = 250
     scene = replace(scenes.select(chosen), snr_db=torch.full((1,), 25.0))
     bound = cramer_rao_bound(physics, scene, sent[chosen])
     truth = (scene.azimuth_rad, scene.elevation_rad, scene.range_m.clamp_min(1))
