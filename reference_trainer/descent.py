@@ -53,10 +53,6 @@ class Fit:
     parameters: Tensor
     residual: Tensor
 
-    def select(self, index: Tensor | slice) -> Fit:
-        """Return some of the scenes: a slice shares memory, an index tensor ``[n]`` copies."""
-        return Fit(parameters=self.parameters[index], residual=self.residual[index])
-
     def better_of(self, other: Fit) -> Fit:
         """Return, scene by scene, the fit with the smaller residual."""
         mine = self.residual <= other.residual

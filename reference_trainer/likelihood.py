@@ -91,6 +91,7 @@ def refine(
     if replacements < 0:
         raise ValueError(f"refining positions: replacements is {replacements}; expected 0 or more")
     device = scenes.snapshots.device
+    start = start.to(device)
     points = make_grid(physics, grid, device=device) if replacements else None
     parameters = _parameters(start)
     misfit = torch.empty(len(scenes), dtype=torch.float64, device=device)
@@ -137,6 +138,7 @@ def maximum_likelihood(
     _require_numbers(num_sources, len(scenes), slots)
     _require_positive(chunk=chunk)
     device = scenes.snapshots.device
+    num_sources = num_sources.to(device)
     points = make_grid(physics, grid, device=device)
     parameters = torch.ones(len(scenes), slots, 3, dtype=torch.float64, device=device)
     misfit = torch.empty(len(scenes), dtype=torch.float64, device=device)

@@ -38,15 +38,6 @@ class Projection:
     curvature: Tensor
     symbols: Tensor
 
-    def select(self, index: Tensor) -> Projection:
-        """Return some of the scenes."""
-        return Projection(
-            residual=self.residual[index],
-            slope=self.slope[index],
-            curvature=self.curvature[index],
-            symbols=self.symbols[index],
-        )
-
     def where(self, wanted: Tensor, other: Projection) -> Projection:
         """Return this projection for the scenes ``wanted`` (bool ``[B]``), and ``other`` elsewhere."""
         return Projection(

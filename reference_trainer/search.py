@@ -25,7 +25,11 @@ _SMALLEST_SHARE = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridShape:
-    """Points of the grid along each axis; equally spaced in sin azimuth, sin elevation, 1 / range."""
+    """Points of the grid along each axis; equally spaced in sin azimuth, sin elevation, 1 / range.
+
+    Raises:
+        ValueError: an axis without points.
+    """
 
     azimuths: int
     elevations: int

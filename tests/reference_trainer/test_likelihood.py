@@ -22,7 +22,7 @@ from reference_trainer.likelihood import (
 )
 from reference_trainer.physics import ScenePhysics, SymbolModel
 from reference_trainer.positions import Positions, true_positions
-from reference_trainer.pursuit import explained_alone
+from reference_trainer.pursuit import excess, explained_alone
 from reference_trainer.scenes import Scenes, draw_scenes
 from reference_trainer.search import GridShape, gains, grid_response, make_grid
 from reference_trainer.sensing import SensingBlocks, sensed, sensing_blocks
@@ -180,6 +180,18 @@ def test_a_descent_never_climbs_and_ends_level(symbols: SymbolModel) -> None:
     assert 0.5 < float(gain.mean()) < 3.0
     again = descend(physics, blocks, fit.parameters, iterations=20)
     torch.testing.assert_close(again.residual, fit.residual, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("symbols", MODELS)
+def test_the_excess_of_a_right_fit_is_standard(symbols: SymbolModel) -> None:
+    """What a fit from the truth leaves has mean 0 and deviation 1 when measured as an excess."""
+    physics, scenes = drawn(symbols, 150, most=2)
+    for count in (1, 2):
+        chosen, truth = alike(scenes, count)
+        blocks = sensing_blocks(physics, chosen)
+        found = excess(blocks, descend(physics, blocks, truth, iterations=10))
+        assert abs(float(found.mean())) < 0.4
+        assert 0.7 < float(found.std()) < 1.3
 
 
 @pytest.mark.parametrize("symbols", MODELS)
