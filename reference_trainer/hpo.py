@@ -7,11 +7,12 @@ _EXTRAS = {"optuna": "hpo", "sqlalchemy": "hpo", "pydantic": "trainer", "typer":
 try:
     from reference_trainer.search.cli import main
 except ModuleNotFoundError as error:
-    if error.name not in _EXTRAS:
+    library = (error.name or "").partition(".")[0]
+    if library not in _EXTRAS:
         raise
     sys.exit(
-        f"error: the search needs {error.name}; "
-        f'install it with: pip install "gradguard[{_EXTRAS[error.name]}]"'
+        f"error: the search needs {library}; "
+        f'install it with: pip install "gradguard[{_EXTRAS[library]}]"'
     )
 
 if __name__ == "__main__":

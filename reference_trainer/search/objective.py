@@ -35,6 +35,9 @@ SETTINGS = "settings"
 COUNT_ACCURACY = "source count accuracy"
 """User attribute: share of the held-out scenes whose number of sources is right; not optimised."""
 
+UNTRAINED = "untrained"
+"""User attribute: the measure before the first step, the same in every trial."""
+
 DIAGNOSIS = "diagnosis"
 """User attribute: everything the guard says about the run."""
 
@@ -58,14 +61,17 @@ class TrialView(SilentView):
         """Report the measure of this epoch.
 
         Raises:
-            BrokenTrialError: loss or measure are not finite.
+            BrokenTrialError: loss or measure are not finite, or the run ended without a step.
             optuna.TrialPruned: the pruner says so; never after the last epoch.
         """
         self._view.epoch_ended(self._trial.number, result)
-        require_finite(result)
+        require_sound(result)
         if result.held_out is None:
             return
         self.value = measure(result.held_out)
+        if result.epoch == 0:  # not a report: the pruner would take it for the best of a bad trial
+            self._trial.set_user_attr(UNTRAINED, self.value)
+            return
         self._trial.report(self.value, result.epoch)
         self._trial.set_user_attr(COUNT_ACCURACY, result.held_out.source_count_accuracy)
         if result.epoch < result.epochs and self._trial.should_prune():
@@ -74,12 +80,14 @@ class TrialView(SilentView):
             raise optuna.TrialPruned(when)
 
 
-def require_finite(result: EpochResult) -> None:
-    """Check the numbers of an epoch.
+def require_sound(result: EpochResult) -> None:
+    """Check the numbers of an epoch; after the last one, that a step was taken at all.
 
     Raises:
-        BrokenTrialError: one is NaN or infinite; the message names it.
+        BrokenTrialError: a number is NaN or infinite, or every step was skipped or vetoed.
     """
+    if result.epoch == result.epochs and not result.steps_taken:
+        raise BrokenTrialError(f"no optimizer step was taken in {result.epochs} epochs")
     numbers = {"training loss": result.training_loss}
     if result.held_out is not None:
         numbers["held-out loss"] = result.held_out.loss
