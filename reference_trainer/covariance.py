@@ -114,7 +114,8 @@ def factor_of(covariance: Tensor) -> Tensor:
             f"factoring covariances: got shape {tuple(covariance.shape)}; expected [B, N, N]"
         )
     power, vectors = torch.linalg.eigh((covariance + covariance.mH) / 2)
-    return vectors * power.clamp_min(0.0).sqrt()[:, None, :]
+    factor: Tensor = vectors * power.clamp_min(0.0).sqrt()[:, None, :]
+    return factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

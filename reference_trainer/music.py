@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 OVERSAMPLING = 3.0
 """Points of the search grid per resolution cell along each axis."""
 
-_SMALLEST_REMAINDER = 1e-3
+_SMALLEST_REMAINDER = 0.2
+"""Less than this of a steering vector outside the sources found counts as this much.
+
+Right beside a source that was found every ratio of remainders is large; a real source is so as well
+at some distance, and is started from there.
+"""
 
 
 @torch.no_grad()
@@ -58,25 +63,27 @@ def music(
     Sync: waits for the device several times a chunk. Memory: 0.6 MB a scene of a chunk.
     """
     _require_counts(physics, num_sources)
-    if factor.ndim == 3 and factor.shape[1] != physics.elements:
+    if factor.ndim != 3 or factor.shape[:2] != (len(num_sources), physics.elements):
         raise ValueError(
-            f"MUSIC got factors of shape {tuple(factor.shape)}; expected {physics.elements} rows"
+            f"MUSIC got factors of shape {tuple(factor.shape)} and {len(num_sources)} numbers of "
+            f"sources; expected [B, {physics.elements}, n] and [B]"
         )
     grid = search_grid(physics, oversampling=OVERSAMPLING, device=factor.device)
     places = grid.places.new_zeros(len(factor), physics.max_sources, 3)
     places[..., 2] = 1.0
     # Scenes with equally many sources share a chunk: none waits for more sources than it has.
-    order = num_sources.to(factor.device).argsort(descending=True, stable=True)
-    for chunk in order.split(chunk_scenes):
-        counts = num_sources.to(factor.device)[chunk]
-        located = _located(physics, grid, factor[chunk], counts)
+    counts = num_sources.to(factor.device)
+    order = counts.argsort(descending=True, stable=True)
+    for start in range(0, len(order), chunk_scenes):
+        chunk = order[start : start + chunk_scenes]
+        located = _located(physics, grid, factor[chunk], counts[chunk])
         places[chunk, : located.shape[1]] = located.to(places.dtype)
     slot = torch.arange(physics.max_sources, device=factor.device)
     return Positions(
         azimuth_rad=places[..., 0],
         elevation_rad=places[..., 1],
         range_m=1 / places[..., 2],
-        active=slot < num_sources.to(factor.device)[:, None],
+        active=slot < counts[:, None],
     )
 
 
@@ -149,7 +156,7 @@ def _on_grid(basis: Tensor, grid: SearchGrid) -> Tensor:
     """Coefficients ``[B, K, G]`` of all steering vectors of the grid: one matrix product."""
     rows = basis.mH.to(grid.vectors.dtype)
     product = rows.reshape(-1, rows.shape[-1]) @ grid.vectors
-    return product.reshape(*rows.shape[:2], -1)
+    return product.reshape(*rows.shape[:2], len(grid))
 
 
 def _best_cell(on_grid: Tensor, weights: Tensor, width: int) -> Tensor:

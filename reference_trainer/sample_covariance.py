@@ -88,10 +88,9 @@ def fitted_factor(
     if columns < 1:
         raise ValueError(f"fitting a covariance: columns is {columns}; expected at least 1")
     grid = search_grid(physics, oversampling=OVERSAMPLING, device=scenes.snapshots.device)
-    chunks = torch.arange(len(scenes)).split(chunk_scenes)
     parts = [
-        _fitted(physics, grid, scenes.select(slice(int(chunk[0]), int(chunk[-1]) + 1)), columns)
-        for chunk in chunks
+        _fitted(physics, grid, scenes.select(slice(start, start + chunk_scenes)), columns)
+        for start in range(0, len(scenes), chunk_scenes)
     ]
     return torch.cat(parts)
 
