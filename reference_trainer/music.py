@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 OVERSAMPLING = 3.0
 """Points of the search grid per resolution cell along each axis."""
 
+NEAR_CELLS = 2
+"""A second descent starts more than this many cells from the best one in azimuth or elevation."""
+
 _SMALLEST_REMAINDER = 0.2
 """Less than this of a steering vector outside the sources found counts as this much.
 
@@ -134,7 +137,9 @@ def _located(physics: ScenePhysics, grid: SearchGrid, factor: Tensor, counts: Te
     most = int(counts[0])
     basis = signal_basis(factor, counts, width=most)
     rank = basis.abs().amax(dim=1).gt(0).sum(dim=1)
-    on_grid = _on_grid(basis, grid)
+    # Coefficients of all steering vectors: rows of the basis first, then one for each source found.
+    on_grid = grid.vectors.new_empty(len(factor), max(2 * most - 1, 0), len(grid))
+    on_grid[:, :most] = _on_grid(basis, grid)
     found = basis[..., :0]
     places = grid.places.new_ones(len(factor), most, 3, dtype=torch.float64)
     for number in range(most):
@@ -142,13 +147,13 @@ def _located(physics: ScenePhysics, grid: SearchGrid, factor: Tensor, counts: Te
         basis, found, on_grid = basis[:alive], found[:alive], on_grid[:alive]
         left = torch.minimum(rank[:alive], counts[:alive] - number)
         weights = deflation_weights(basis, found, left)[..., : most - number]
-        start = grid.places[_best_cell(on_grid, weights, most)]
+        starts = _starts(on_grid[:, : most + number], weights, grid, most)
         signal = torch.cat((basis, found), dim=-1) @ weights
-        here = descend(physics, start, signal=signal, found=found)
+        here = _deepest(physics, starts, signal, found)
         places[:alive, number] = here
         if number + 1 < most:
             found = extended(found, steering_with_slopes(physics, here)[0])
-            on_grid = torch.cat((on_grid, _on_grid(found[..., -1:], grid)), dim=1)
+            on_grid[:, most + number] = _on_grid(found[..., -1:], grid).squeeze(1)
     return places
 
 
@@ -159,16 +164,35 @@ def _on_grid(basis: Tensor, grid: SearchGrid) -> Tensor:
     return product.reshape(*rows.shape[:2], len(grid))
 
 
-def _best_cell(on_grid: Tensor, weights: Tensor, width: int) -> Tensor:
-    """Index ``[B]`` of the steering vector that lies most in what is left of the subspace.
+def _starts(on_grid: Tensor, weights: Tensor, grid: SearchGrid, width: int) -> list[Tensor]:
+    """Places ``[B, 3]`` whose steering vectors lie most in what is left: the best, and one elsewhere.
 
     Rows of ``on_grid`` after the first ``width`` belong to the sources found.
     """
     inside = _squared_columns(weights.mH.to(on_grid.dtype) @ on_grid)
     remainder = 1 - _squared_columns(on_grid[:, width:])
-    return (inside / remainder.clamp_min(_SMALLEST_REMAINDER)).argmax(dim=1)
+    score = inside / remainder.clamp_min(_SMALLEST_REMAINDER)
+    best = score.argmax(dim=1)
+    elsewhere = score.masked_fill_(grid.near(best, within=NEAR_CELLS), -1.0).argmax(dim=1)
+    return [grid.places[best], grid.places[elsewhere]]
+
+
+def _deepest(physics: ScenePhysics, starts: list[Tensor], signal: Tensor, found: Tensor) -> Tensor:
+    """The deepest of the minima ``[B, 3]`` that the descents from all starts end in."""
+    count = len(starts)
+    places, values = descend(
+        physics,
+        torch.cat(starts),
+        signal=signal.repeat(count, 1, 1),
+        found=found.repeat(count, 1, 1),
+    )
+    best = values.reshape(count, -1).argmin(dim=0)
+    rows = torch.arange(len(best), device=best.device)
+    return places.reshape(count, -1, 3)[best, rows]
 
 
 def _squared_columns(matrix: Tensor) -> Tensor:
     """Squared norm ``[B, G]`` of every column of complex matrices ``[B, K, G]``."""
-    return torch.view_as_real(matrix).square().sum(dim=(1, 3))
+    # Not one sum over both axes: the CPU vectorises along the last axis only if that one stays.
+    squares = torch.view_as_real(matrix).square().sum(dim=1)
+    return squares[..., 0] + squares[..., 1]

@@ -40,8 +40,10 @@ class _Quadratic:
 
 def descend(
     physics: ScenePhysics, places: Tensor, *, signal: Tensor, found: Tensor, iterations: int = 10
-) -> Tensor:
-    """Return the nearby minima of the null spectrum, float64 ``[P, 3]``, by Levenberg-Marquardt.
+) -> tuple[Tensor, Tensor]:
+    """Return nearby minima of the null spectrum, float64 ``[P, 3]``, and its values there, ``[P]``.
+
+    By Levenberg-Marquardt, a few steps in all three coordinates together.
 
     The null spectrum is ``(1 - |U^H a|^2 - |Q^H a|^2) / (1 - |Q^H a|^2)``: the share of a steering
     vector outside the signal subspace, after what was found is projected out of both. A step is
@@ -70,7 +72,7 @@ def descend(
         here = torch.where(better[:, None], there, here)
         local = tried.where(better, local)
         damping = damping * torch.where(better, _DAMPING_AFTER_SUCCESS, _DAMPING_AFTER_FAILURE)
-    return here
+    return here, local.value
 
 
 def steering_with_slopes(physics: ScenePhysics, places: Tensor) -> tuple[Tensor, Tensor]:

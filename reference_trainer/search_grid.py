@@ -30,14 +30,28 @@ class SearchGrid:
         places: float32 ``[G, 3]``: azimuth in rad, elevation in rad, inverse range in 1/m.
         vectors: complex64 ``[N, G]``, the unit-norm steering vector of each place.
         steps: distances of neighbours: in sine of azimuth, sine of elevation, inverse range in 1/m.
+        shape: points along the three axes; places are listed with inverse range fastest.
     """
 
     places: Tensor
     vectors: Tensor
     steps: tuple[float, float, float]
+    shape: tuple[int, int, int]
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def near(self, cells: Tensor, *, within: int) -> Tensor:
+        """Return which places, bool ``[B, G]``, lie within some steps of a cell ``[B]`` each.
+
+        Only the direction counts: all ranges of a near direction are near. Sync: none.
+        """
+        azimuths, elevations, ranges = self.shape
+        row, column = cells // (elevations * ranges), cells // ranges % elevations
+        across = (torch.arange(azimuths, device=cells.device) - row[:, None]).abs() <= within
+        up = (torch.arange(elevations, device=cells.device) - column[:, None]).abs() <= within
+        near = across[:, :, None, None] & up[:, None, :, None]
+        return near.expand(-1, -1, -1, ranges).flatten(1)
 
 
 @lru_cache(maxsize=8)
@@ -70,7 +84,10 @@ def search_grid(physics: ScenePhysics, *, oversampling: float, device: torch.dev
     vectors = steering_vectors(physics, places[:, 0], places[:, 1], 1 / places[:, 2]).mT
     steps = [float(axis[1] - axis[0]) if len(axis) > 1 else 0.0 for axis in axes]
     return SearchGrid(
-        places=places, vectors=vectors.contiguous(), steps=(steps[0], steps[1], steps[2])
+        places=places,
+        vectors=vectors.contiguous(),
+        steps=(steps[0], steps[1], steps[2]),
+        shape=(len(axes[0]), len(axes[1]), len(axes[2])),
     )
 
 

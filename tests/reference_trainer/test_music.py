@@ -171,7 +171,7 @@ def test_descending_never_climbs_and_never_leaves_the_field_of_view() -> None:
     lowest, highest = place_bounds(PHYSICS)
     unit = torch.rand(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     start = lowest + (highest - lowest) * unit
-    steps = [descend(PHYSICS, start, signal=basis, found=none, iterations=n) for n in range(8)]
+    steps = [descend(PHYSICS, start, signal=basis, found=none, iterations=n)[0] for n in range(8)]
     inside = [
         (basis.mH @ steering_with_slopes(PHYSICS, here)[0].unsqueeze(-1)).abs().square().sum((1, 2))
         for here in steps
