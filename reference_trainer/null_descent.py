@@ -61,13 +61,15 @@ def descend(
     lowest, highest = (bound.to(places.device) for bound in place_bounds(physics))
     here = places.to(torch.float64)
     damping = torch.full_like(here[:, 0], _FIRST_DAMPING)
-    local = _null_spectrum(physics, here, signal, found)
+    # Conjugated and joined once, not in every step.
+    rows = torch.cat((found, signal), dim=-1).mH.resolve_conj().contiguous()
+    local = _null_spectrum(physics, here, rows, found.shape[-1])
     for _ in range(iterations):
         diagonal = local.hessian.diagonal(dim1=1, dim2=2)
         loaded = local.hessian + torch.diag_embed(damping[:, None] * diagonal)
         step = torch.linalg.solve_ex(loaded, local.gradient)[0]
         there = torch.clamp(here - step, lowest, highest)
-        tried = _null_spectrum(physics, there, signal, found)
+        tried = _null_spectrum(physics, there, rows, found.shape[-1])
         better = tried.value < local.value  # False for NaN: a failed solve moves nothing
         here = torch.where(better[:, None], there, here)
         local = tried.where(better, local)
@@ -102,23 +104,29 @@ def steering_with_slopes(physics: ScenePhysics, places: Tensor) -> tuple[Tensor,
     return vectors, (-1j * wavenumber) * vectors.unsqueeze(-1) * slopes_m
 
 
-def _null_spectrum(
-    physics: ScenePhysics, places: Tensor, signal: Tensor, found: Tensor
-) -> _Quadratic:
+def _null_spectrum(physics: ScenePhysics, places: Tensor, rows: Tensor, found: int) -> _Quadratic:
+    """The null spectrum at ``places``; ``rows`` ``[P, k + K, N]`` are Q^H (k = ``found``) and U^H."""
     vectors, slopes = steering_with_slopes(physics, places)
-    outside = _outside(torch.cat((signal, found), dim=-1), vectors, slopes)
-    left = _outside(found, vectors, slopes)
+    inside = rows @ torch.cat((vectors.unsqueeze(-1), slopes), dim=-1)
+    whole = (slopes.mH @ slopes).real
+    outside = _outside(inside, whole)
+    if not found:
+        return outside
+    left = _outside(inside[:, :found], whole)
     remainder = left.value.clamp_min(_SMALLEST_REMAINDER)
     ratio = outside.value / remainder
     gradient = (outside.gradient - ratio[:, None] * left.gradient) / remainder[:, None]
     return _Quadratic(ratio, gradient, outside.hessian / remainder[:, None, None])
 
 
-def _outside(basis: Tensor, vectors: Tensor, slopes: Tensor) -> _Quadratic:
-    """How much of the squared norm of a steering vector lies outside an orthonormal basis."""
-    inside = basis.mH @ torch.cat((vectors.unsqueeze(-1), slopes), dim=-1)
-    part, part_slopes = inside[..., :1], inside[..., 1:]
+def _outside(inside: Tensor, whole: Tensor) -> _Quadratic:
+    """How much of the squared norm of a steering vector lies outside an orthonormal basis.
+
+    ``inside`` ``[P, columns, 4]`` are the coefficients of the vector and its slopes, ``whole``
+    ``[P, 3, 3]`` is the Gram matrix of the slopes.
+    """
+    part, slopes = inside[..., :1], inside[..., 1:]
     value = 1 - torch.view_as_real(part).square().sum(dim=(1, 2, 3))
-    gradient = -2 * (part_slopes.mH @ part).real.squeeze(-1)
-    hessian = 2 * (slopes.mH @ slopes - part_slopes.mH @ part_slopes).real
+    gradient = -2 * (slopes.mH @ part).real.squeeze(-1)
+    hessian = 2 * (whole - (slopes.mH @ slopes).real)
     return _Quadratic(value, gradient, hessian)
