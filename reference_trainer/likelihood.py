@@ -17,7 +17,7 @@ import torch
 from reference_trainer.descent import Fit, descend
 from reference_trainer.positions import Positions
 from reference_trainer.pursuit import mend, pursue
-from reference_trainer.search import GridShape, make_grid
+from reference_trainer.residual_search import GridShape, make_grid
 from reference_trainer.sensing import sensing_blocks
 
 if TYPE_CHECKING:

@@ -17,14 +17,14 @@ import torch
 
 from reference_trainer.descent import Fit, descend
 from reference_trainer.geometry import steering_vectors
-from reference_trainer.search import GridResponse, gains, grid_response
+from reference_trainer.residual_search import GridResponse, gains, grid_response
 from reference_trainer.sensing import sensed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from reference_trainer.physics import ScenePhysics
-    from reference_trainer.search import Grid
+    from reference_trainer.residual_search import Grid
     from reference_trainer.sensing import SensingBlocks
 
 _STEPS_AFTER_A_CHANGE = 8

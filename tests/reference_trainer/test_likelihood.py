@@ -23,8 +23,8 @@ from reference_trainer.likelihood import (
 from reference_trainer.physics import ScenePhysics, SymbolModel
 from reference_trainer.positions import Positions, true_positions
 from reference_trainer.pursuit import excess, explained_alone
+from reference_trainer.residual_search import GridShape, gains, grid_response, make_grid
 from reference_trainer.scenes import Scenes, draw_scenes
-from reference_trainer.search import GridShape, gains, grid_response, make_grid
 from reference_trainer.sensing import SensingBlocks, sensed, sensing_blocks
 
 MODELS: tuple[SymbolModel, ...] = ("constant", "iid")
