@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -48,3 +49,12 @@ class AveragedWeights(Generic[Module]):
             average.lerp_(current, share)
         for copied, live in zip(self.module.buffers(), self._live.buffers(), strict=True):
             copied.copy_(live)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averaged weights, not copied, and how many steps they hold."""
+        return {"weights": self.module.state_dict(), "taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned; every tensor must match by name and shape."""
+        self.module.load_state_dict(dict(state["weights"]), strict=True)
+        self.taken = state["taken"]

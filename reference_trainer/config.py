@@ -142,12 +142,15 @@ class RuntimeConfig:
         threads: torch's threads; 0 times one step at 1 and at all, and takes the faster.
         evaluate_every: epochs between two evaluations on both sets; the last is always one.
         checkpoint_every: epochs between two checkpoints; the last is always one.
+        state_every: attempted optimizer steps between two training states, from which a killed run
+            is resumed; 262 MB each, the new one replaces the old. Each checkpoint brings one, too.
     """
 
     device: Device = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     evaluate_every: Count = 5
     checkpoint_every: Count = 20
+    state_every: Count = 100
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -183,7 +186,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
         "smoke": Config(
             scenes=ScenesConfig(train=16, validation=8),
             optimization=OptimizationConfig(epochs=2, batch_scenes=8),
-            runtime=RuntimeConfig(threads=1, evaluate_every=1),
+            runtime=RuntimeConfig(threads=1, evaluate_every=1, state_every=1),
         ),
     }
 )

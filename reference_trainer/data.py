@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -21,12 +21,27 @@ if TYPE_CHECKING:
     from reference_trainer.config import ScenesConfig
 
 
+class TrainingScenes(Protocol):
+    """What batches are taken from; :class:`Examples` is one."""
+
+    def __len__(self) -> int:
+        """Return the scenes of one epoch."""
+
+    def select(self, index: Tensor) -> Examples:
+        """Return the scenes with these numbers [n], on the device of the run."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSets:
     """What is trained on, and what is not: two sets that share no scene."""
 
     memorised: Examples
     held_out: Examples
+
+    @property
+    def training(self) -> TrainingScenes:
+        """What the batches are taken from."""
+        return self.memorised
 
 
 def draw_data(config: ScenesConfig, *, device: torch.device) -> DataSets:

@@ -1,26 +1,116 @@
-"""What a run leaves in its directory besides the guard's records: evaluations and checkpoints."""
+"""What a run leaves in its directory: the guard's records, evaluations, checkpoints and its state.
+
+    run.json, steps.jsonl   the guard's records of the first process, until the run ended or was killed
+    rank1/ ...              those of the other processes
+    resumed-1/ ...          those of every later part of the run, as a directory of the same kind
+    epochs.jsonl            one line for every finished epoch, of all parts
+    checkpoint.pt           the averaged weights that were validated last
+    state.pt                what the run goes on from
+
+A part that was killed may have recorded steps after the state that the next part went on from. These
+were repeated, bit for bit, and stand in both; ``resumed_from`` in a part's ``run.json`` says where it
+began. Of ``epochs.jsonl`` the lines after the state are dropped when a run is resumed.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
+import gradguard as gg
 from reference_trainer.checkpoint import Checkpoint, save_checkpoint
 from reference_trainer.errors import RecordingError
+from reference_trainer.evaluation import Evaluation
+from reference_trainer.results import EpochResult
 from reference_trainer.settings import as_mapping
+from reference_trainer.training_state import Position, TrainingState, capture, save_state
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import nn
 
     from reference_trainer.config import Config
-    from reference_trainer.evaluation import Evaluation
-    from reference_trainer.results import EpochResult
+    from reference_trainer.processes import Processes
+    from reference_trainer.setup import Parts
 
 EPOCHS_NAME = "epochs.jsonl"
 CHECKPOINT_NAME = "checkpoint.pt"
+STATE_NAME = "state.pt"
+
+
+def new_records(
+    directory: Path,
+    config: Config,
+    processes: Processes,
+    *,
+    resumed_from: Position | None = None,
+) -> gg.RunDirectory:
+    """Make the place for the guard's records of this process and this part of the run.
+
+    Args:
+        directory: the run directory, new or empty for a new run.
+        config: the configuration of the run.
+        processes: those of the run; all must call this.
+        resumed_from: where this part goes on from; None for a new run.
+
+    Raises:
+        gradguard.RunDirectoryError: the directory is in use or cannot be written.
+    """
+    description = as_mapping(config)
+    if resumed_from is not None:
+        description["resumed_from"] = asdict(resumed_from)
+        parts = sum(1 for _ in directory.glob("resumed-*"))
+        directory /= processes.agree(f"resumed-{parts + 1}")
+    if processes.leads:
+        recorder = gg.RunDirectory.create(directory, config=description)
+    processes.agree(None)  # the others wait: the first one wants an empty directory
+    if not processes.leads:
+        place = directory / f"rank{processes.rank}"
+        recorder = gg.RunDirectory.create(place, config=description)
+    return recorder
+
+
+class StateKeeper:
+    """Saves the training state every so many attempted steps, and with every checkpoint.
+
+    All processes of a run must make the same calls; the first one writes.
+
+    Args:
+        directory: the run directory; None saves nothing.
+        parts: what the state is read from.
+        gate: likewise.
+        config: the configuration of the run.
+    """
+
+    def __init__(
+        self, directory: Path | None, parts: Parts, gate: gg.StepGate | None, config: Config
+    ) -> None:
+        self._path = None if directory is None else directory / STATE_NAME
+        self._parts, self._gate, self._config = parts, gate, config
+        self._unsaved = 0
+
+    def step_ended(self) -> bool:
+        """Count one attempted step; return whether the state should be saved now."""
+        self._unsaved += 1
+        return self._path is not None and self._unsaved >= self._config.runtime.state_every
+
+    def save(self, position: Position) -> None:
+        """Save the state at ``position``. Sync: waits for the device.
+
+        Raises:
+            CheckpointError: the file could not be written; the state before it is safe.
+        """
+        if self._path is None:
+            return
+        self._unsaved = 0
+        state = capture(self._parts, self._gate, self._config, position)
+        if self._parts.processes.leads:
+            save_state(self._path, state)
 
 
 def record_epoch(directory: Path, config: Config, model: nn.Module, result: EpochResult) -> None:
@@ -37,8 +127,7 @@ def record_epoch(directory: Path, config: Config, model: nn.Module, result: Epoc
         CheckpointError: the checkpoint could not be written; the one before it is safe.
     """
     _append_line(directory / EPOCHS_NAME, result)
-    due = result.epoch % config.runtime.checkpoint_every == 0 or result.epoch == result.epochs
-    if due and result.epoch and result.held_out is not None:
+    if is_checkpoint_due(config, result) and result.held_out is not None:
         checkpoint = Checkpoint(
             config=as_mapping(config),
             weights=model.state_dict(),
@@ -49,7 +138,74 @@ def record_epoch(directory: Path, config: Config, model: nn.Module, result: Epoc
         save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
 
 
+def is_checkpoint_due(config: Config, result: EpochResult) -> bool:
+    """Whether a checkpoint is saved after this epoch."""
+    every = config.runtime.checkpoint_every
+    return result.epoch > 0 and (result.epoch % every == 0 or result.epoch == result.epochs)
+
+
+def earlier_epochs(
+    directory: Path, state: TrainingState | None, config: Config
+) -> tuple[EpochResult, ...]:
+    """Return the recorded epochs that are finished in ``state``, without their findings.
+
+    A last line that was cut short is passed over.
+
+    Raises:
+        RecordingError: the lines cannot be read.
+    """
+    if state is None:
+        return ()
+    found = _read_lines(directory / EPOCHS_NAME)
+    results = tuple(_result(line, config) for line in found)
+    return tuple(result for result in results if result.epoch <= state.position.epoch)
+
+
+def rewrite_epochs(directory: Path, epochs: tuple[EpochResult, ...]) -> None:
+    """Leave in ``epochs.jsonl`` just these epochs: later ones are about to be repeated.
+
+    Raises:
+        RecordingError: the file could not be written; it is as it was.
+    """
+    path = directory / EPOCHS_NAME
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        draft.write_text("".join(_line(result) for result in epochs), encoding="ascii")
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise RecordingError(
+            f"could not rewrite {path} ({error.strerror or error}); it is unchanged. Free some "
+            "space and resume again"
+        ) from error
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordingError(f"could not read the epochs of the run from {path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            return
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise RecordingError(f"line {number} of {path} is no JSON: {error}") from None
+
+
 def _append_line(path: Path, result: EpochResult) -> None:
+    try:
+        with path.open("a", encoding="ascii") as file:
+            file.write(_line(result))
+    except OSError as error:
+        raise RecordingError(
+            f"could not record epoch {result.epoch} in {path} ({error.strerror or error}); the "
+            "epochs before it are safe. Free some space or choose another --run-dir"
+        ) from error
+
+
+def _line(result: EpochResult) -> str:
     content = {
         "epoch": result.epoch,
         "steps_taken": result.steps_taken,
@@ -57,14 +213,18 @@ def _append_line(path: Path, result: EpochResult) -> None:
         "memorised": _readings(result.memorised),
         "held_out": _readings(result.held_out),
     }
-    try:
-        with path.open("a", encoding="ascii") as file:
-            file.write(json.dumps(content, allow_nan=False) + "\n")
-    except OSError as error:
-        raise RecordingError(
-            f"could not record epoch {result.epoch} in {path} ({error.strerror or error}); the "
-            "epochs before it are safe. Free some space or choose another --run-dir"
-        ) from error
+    return json.dumps(content, allow_nan=False) + "\n"
+
+
+def _result(line: dict[str, Any], config: Config) -> EpochResult:
+    return EpochResult(
+        epoch=line["epoch"],
+        epochs=config.optimization.epochs,
+        steps_taken=line["steps_taken"],
+        training_loss=None if line["training_loss"] is None else float(line["training_loss"]),
+        memorised=_evaluation(line["memorised"]),
+        held_out=_evaluation(line["held_out"]),
+    )
 
 
 def _readings(evaluation: Evaluation | None) -> dict[str, float | str | None] | None:
@@ -73,6 +233,14 @@ def _readings(evaluation: Evaluation | None) -> dict[str, float | str | None] | 
     accuracy = evaluation.source_count_accuracy
     values = {"loss": evaluation.loss, "source_count_accuracy": accuracy, **evaluation.terms}
     return {name: _plain(value) for name, value in values.items()}
+
+
+def _evaluation(readings: dict[str, Any] | None) -> Evaluation | None:
+    if readings is None:
+        return None
+    terms = {name: float(value) for name, value in readings.items()}
+    loss, accuracy = terms.pop("loss"), terms.pop("source_count_accuracy")
+    return Evaluation(loss=loss, terms=terms, source_count_accuracy=accuracy)
 
 
 def _plain(value: float | None) -> float | str | None:

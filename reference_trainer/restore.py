@@ -1,18 +1,58 @@
-"""Brings a saved network back and judges it again."""
+"""Brings a saved network back and judges it again, and finds what a killed run goes on from."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import gradguard as gg
 from reference_trainer.checkpoint import load_checkpoint, load_weights
 from reference_trainer.data import draw_data
 from reference_trainer.evaluation import evaluate
+from reference_trainer.recording import STATE_NAME
 from reference_trainer.results import EpochResult
 from reference_trainer.settings import from_mapping
 from reference_trainer.setup import assemble, pick_device
+from reference_trainer.training_state import Position, TrainingState, load_state
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from reference_trainer.config import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRun:
+    """What is left of a run.
+
+    Attributes:
+        config: the whole configuration of the run.
+        state: what it goes on from; None when it was killed before the first state was saved, and
+            begins again.
+    """
+
+    config: Config
+    state: TrainingState | None
+
+    @property
+    def position(self) -> Position:
+        """How far the run has come."""
+        return Position() if self.state is None else self.state.position
+
+
+def find_run(directory: Path) -> SavedRun:
+    """Return what the run in ``directory`` can go on from.
+
+    Raises:
+        gradguard.RunDirectoryError: there is no run.
+        CheckpointError: its state is torn, foreign or of another version.
+        ConfigError: its configuration does not fit this version.
+    """
+    path = directory / STATE_NAME
+    if path.exists():
+        state = load_state(path)
+        return SavedRun(config=from_mapping(state.config), state=state)
+    return SavedRun(config=from_mapping(gg.read_run(directory).meta.config), state=None)
 
 
 def evaluate_checkpoint(path: Path) -> EpochResult:

@@ -32,6 +32,8 @@ class RunStart:
         held_out_scenes: scenes held out, none of them among the others.
         planned_steps: optimizer steps if none is skipped.
         directory: the run directory; None when nothing is recorded.
+        processes: processes that take each step together.
+        steps_taken: optimizer steps that were taken before this part of the run; 0 for a new run.
     """
 
     tensors: int
@@ -46,6 +48,8 @@ class RunStart:
     held_out_scenes: int
     planned_steps: int
     directory: Path | None
+    processes: int = 1
+    steps_taken: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +81,11 @@ class TrainingResult:
 
     Attributes:
         start: what was known before the first step.
-        epochs: every epoch, from number 0.
+        epochs: every epoch, from number 0; in a resumed run the earlier ones as they were recorded.
         live: the weights that were optimised, on the training scenes; the evaluations in ``epochs``
             are of the averaged weights.
-        log: one record for every attempted optimizer step, and the guard's findings.
+        log: one record for every optimizer step attempted since the run began or was resumed, and
+            the guard's findings.
         model: the averaged weights: what was evaluated and saved.
         wall_s: seconds from the call to the end, setting up included.
     """

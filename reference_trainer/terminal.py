@@ -79,10 +79,13 @@ class TerminalView:
             f"{start.memorised_scenes} scenes to memorise, {start.held_out_scenes} held out, "
             "none in both (fingerprints compared)"
         )
-        self._print(f"{start.precision} on {start.device}, {_threads(start)}")
+        together = f", {start.processes} processes" if start.processes > 1 else ""
+        self._print(f"{start.precision} on {start.device}, {_threads(start)}{together}")
         if start.directory is not None:
             self._print(f"recorded in {start.directory}")
-        self._progress.update(self._task, total=start.planned_steps)
+        if start.steps_taken:
+            self._print(f"going on after {start.steps_taken} optimizer steps")
+        self._progress.update(self._task, total=start.planned_steps, completed=start.steps_taken)
 
     def step_ended(self, record: StepRecord) -> None:
         """Print one outcome line."""
