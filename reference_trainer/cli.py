@@ -1,10 +1,11 @@
-"""The command line: ``train`` a network, ``resume`` a killed run, ``evaluate`` a checkpoint.
+"""The command line: ``train``, ``resume`` a killed run, ``evaluate`` a checkpoint, write ``scenes``.
 
 Exit status: 0 when all went well, 1 when a run ended with errors found by the guard, 2 when it could
 not start or go on; then standard error says why, in one sentence.
 """
 
 # No "from __future__ import annotations": typer reads the annotations.
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from io import StringIO
@@ -14,18 +15,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
+from rich.progress import Progress
 from rich.rule import Rule
 from rich.text import Text
 from typer.core import TyperCommand
 
 import gradguard as gg
 from reference_trainer.config import PRESETS
+from reference_trainer.data import training_physics
 from reference_trainer.errors import ConfigError, TrainerError
 from reference_trainer.processes import Processes, joined_processes
 from reference_trainer.restore import evaluate_checkpoint, find_run
 from reference_trainer.results import TrainingResult
 from reference_trainer.settings import as_mapping, config_keys, preset, with_overrides
 from reference_trainer.setup import pick_device
+from reference_trainer.stored_scenes import write_scenes
 from reference_trainer.terminal import TerminalView
 from reference_trainer.train import resume as resume_run
 from reference_trainer.train import train as train_network
@@ -133,6 +137,41 @@ def resume(
         with _view(processes) as view:
             result = resume_run(run_dir, view=view, processes=processes)
         _finish(result, view)
+
+
+@app.command()
+def scenes(
+    directory: Annotated[Path, typer.Argument(help="A new directory.")],
+    preset_name: Annotated[
+        str, typer.Option("--preset", help=f"Where to start from: {' or '.join(PRESETS)}.")
+    ] = "overfit",
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeat for more."),
+    ] = None,
+) -> None:
+    """Write the training scenes of a run to a directory, for scenes.source=disk.
+
+    Only the settings of the section scenes matter; train --help lists them.
+    """
+    config = with_overrides(preset(preset_name), assignments or ()).scenes
+    with Progress(*Progress.get_default_columns(), disable=not sys.stdout.isatty()) as progress:
+        task = progress.add_task("scenes", total=config.train)
+        write_scenes(
+            directory,
+            training_physics(config),
+            seed=config.seed,
+            split="train",
+            count=config.train,
+            written=lambda count: progress.update(task, completed=count),
+        )
+    Console().print(
+        f"{config.train} scenes in {directory}; train on them with --set scenes.source=disk "
+        f"--set scenes.directory={directory}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

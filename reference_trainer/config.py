@@ -18,6 +18,7 @@ from reference_trainer.physics import SymbolModel
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
+SceneSource = Literal["memory", "fly", "disk"]
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _POWER_OF_TWO = re.compile(r"2\*\*(\d{1,2})")
@@ -46,6 +47,13 @@ class ScenesConfig:
         validation: number of held-out scenes.
         symbols: "constant": one symbol per source and scene; "iid": one per snapshot.
         min_range_m: distance of the nearest possible source in metres; the farthest is 10 m.
+        source: where training scenes come from. "memory": the same ones every epoch, all drawn at
+            first; "fly": fresh ones every epoch, never one twice; "disk": the same ones every epoch,
+            from files written by the command scenes. Held-out scenes are drawn in each case.
+        directory: where the command scenes has written them, for source "disk".
+        element_jitter: training scenes displace every RIS element by up to this share of half a
+            wavelength along both axes.
+        code_bits_drop: training scenes quantise the RIS phases with up to this many of 3 bits less.
     """
 
     seed: Seed = 0
@@ -53,6 +61,17 @@ class ScenesConfig:
     validation: Count = 256
     symbols: SymbolModel = "constant"
     min_range_m: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    source: SceneSource = "memory"
+    directory: str = ""
+    element_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    code_bits_drop: Annotated[int, Field(ge=0, le=2)] = 0
+
+    def __post_init__(self) -> None:
+        if (self.source == "disk") != bool(self.directory):
+            raise ValueError(
+                f"setting scenes.source={self.source} with scenes.directory={self.directory!r}: "
+                "give a directory for source disk, and for no other"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -178,6 +197,11 @@ class Config:
     def __post_init__(self) -> None:
         if not any(asdict(self.loss).values()):
             raise ValueError("every loss weight is 0: nothing to train; set one, loss.covariance=1")
+        if self.optimization.epochs * self.scenes.train > 2**32:
+            raise ValueError(
+                f"setting {self.optimization.epochs} epochs of {self.scenes.train} scenes: more than "
+                "the 2**32 scenes that a seed has; take fewer of either"
+            )
 
 
 PRESETS: Mapping[str, Config] = MappingProxyType(

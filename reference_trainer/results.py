@@ -28,12 +28,13 @@ class RunStart:
         threads: torch's threads.
         thread_seconds: what a forward and backward pass took, by number of threads; empty when it
             was not measured.
-        memorised_scenes: scenes to train on.
+        memorised_scenes: scenes to train on in each epoch.
         held_out_scenes: scenes held out, none of them among the others.
         planned_steps: optimizer steps if none is skipped.
         directory: the run directory; None when nothing is recorded.
         processes: processes that take each step together.
         steps_taken: optimizer steps that were taken before this part of the run; 0 for a new run.
+        source: where training scenes come from: "memory", "fly" (fresh ones every epoch) or "disk".
     """
 
     tensors: int
@@ -50,6 +51,7 @@ class RunStart:
     directory: Path | None
     processes: int = 1
     steps_taken: int = 0
+    source: str = "memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -179,11 +179,12 @@ def look_first(
         precision=config.precision.mode,
         threads=torch.get_num_threads(),
         thread_seconds=choice.seconds,
-        memorised_scenes=len(data.memorised),
+        memorised_scenes=len(data.training),
         held_out_scenes=len(data.held_out),
         planned_steps=steps_of(config),
         directory=directory,
         processes=parts.processes.count,
+        source=config.scenes.source,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from reference_trainer.data import batches, windows
+from reference_trainer.data import batches, first_number, windows
 from reference_trainer.evaluation import Evaluation, evaluate
 from reference_trainer.processes import ALONE, Processes, keeping_gradients
 from reference_trainer.recording import is_checkpoint_due, record_epoch
@@ -169,6 +169,7 @@ def train_epoch(
         batch_scenes=config.optimization.batch_scenes,
         seed=config.network.seed,
         epoch=epoch,
+        first=first_number(examples, epoch),
     )
     left = islice(drawn, done.windows * accumulation, None)
     total = torch.tensor(done.loss_sum, dtype=torch.float64, device=parts.device)
