@@ -34,6 +34,7 @@ LossScale = Annotated[float, BeforeValidator(_read_power_of_two), Field(ge=1.0, 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Temperature = Annotated[float, Field(ge=0.01)]
 LearningRate = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -103,6 +104,10 @@ class OptimizationConfig:
         final_fraction: what the cosine leaves of the learning rates at the end.
         sample_blend: share of the receiver's own estimate in the covariance terms of the loss.
         averaging_decay: ceiling of the decay of the averaged weights; 0 follows the live ones.
+        swa_fraction: last share of the planned steps in which the averaged weights are the plain mean
+            of the live ones since its beginning (SWA), not a decaying one; 0 for none.
+        patience: epochs without a smaller covariance NMSE of the held-out set after which training
+            stops; best.pt keeps the best weights then. 0 never stops.
     """
 
     epochs: Count = 60
@@ -116,6 +121,32 @@ class OptimizationConfig:
     final_fraction: Fraction = 0.01
     sample_blend: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     averaging_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    swa_fraction: Fraction = 0.0
+    patience: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SchedulesConfig:
+    """What changes from epoch to epoch besides the learning rate; by default, nothing.
+
+    Attributes:
+        dropout_final_share: what is left of network.dropout in the last epoch; it falls linearly.
+        temperature_start: softmax temperature of the grid head in the first epoch.
+        temperature_end: the same after temperature_fraction of the epochs, along half a cosine.
+        temperature_fraction: share of the epochs after which the temperature stays.
+        structure_start: factor on the weights of eigengap, alignment, contrast and cross_gram in the
+            first epoch.
+        structure_rise: share of the epochs in which that factor rises to 1.
+        structure_final: the factor in the last fifth of the epochs.
+    """
+
+    dropout_final_share: Fraction = 1.0
+    temperature_start: Temperature = 0.15
+    temperature_end: Temperature = 0.15
+    temperature_fraction: Fraction = 0.6
+    structure_start: Annotated[float, Field(ge=0.0)] = 1.0
+    structure_rise: Fraction = 0.1
+    structure_final: Annotated[float, Field(ge=0.0)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -181,6 +212,7 @@ class Config:
         network: what can be chosen about the network.
         loss: the weight of every loss term.
         optimization: how the weights move.
+        schedules: what else changes from epoch to epoch.
         precision: in which arithmetic the network runs.
         guard: how the run is watched.
         runtime: where the run runs.
@@ -190,6 +222,7 @@ class Config:
     network: NetworkConfig = NetworkConfig()
     loss: LossWeights = LossWeights()
     optimization: OptimizationConfig = OptimizationConfig()
+    schedules: SchedulesConfig = SchedulesConfig()
     precision: PrecisionConfig = PrecisionConfig()
     guard: GuardConfig = GuardConfig()
     runtime: RuntimeConfig = RuntimeConfig()

@@ -5,6 +5,7 @@
     resumed-1/ ...          those of every later part of the run, as a directory of the same kind
     epochs.jsonl            one line for every finished epoch, of all parts
     checkpoint.pt           the averaged weights that were validated last
+    best.pt                 with early stopping, those of the best epoch so far
     state.pt                what the run goes on from
 
 A part that was killed may have recorded steps after the state that the next part went on from. These
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import gradguard as gg
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 EPOCHS_NAME = "epochs.jsonl"
 CHECKPOINT_NAME = "checkpoint.pt"
+BEST_NAME = "best.pt"
 STATE_NAME = "state.pt"
 
 
@@ -113,7 +115,9 @@ class StateKeeper:
             save_state(self._path, state)
 
 
-def record_epoch(directory: Path, config: Config, model: nn.Module, result: EpochResult) -> None:
+def record_epoch(
+    directory: Path, config: Config, model: nn.Module, result: EpochResult, *, best: bool = False
+) -> None:
     """Append one epoch to ``epochs.jsonl``; where a checkpoint is due, save ``model`` after it.
 
     Args:
@@ -121,27 +125,32 @@ def record_epoch(directory: Path, config: Config, model: nn.Module, result: Epoc
         config: the configuration of the run.
         model: the weights that ``result`` evaluates.
         result: the epoch.
+        best: whether these weights are to be kept as the best so far.
 
     Raises:
         RecordingError: the line could not be written; those before it are safe.
         CheckpointError: the checkpoint could not be written; the one before it is safe.
     """
     _append_line(directory / EPOCHS_NAME, result)
-    if is_checkpoint_due(config, result) and result.held_out is not None:
-        checkpoint = Checkpoint(
-            config=as_mapping(config),
-            weights=model.state_dict(),
-            epoch=result.epoch,
-            steps_taken=result.steps_taken,
-            validation_loss=result.held_out.loss,
-        )
+    if result.held_out is None:
+        return
+    checkpoint = Checkpoint(
+        config=as_mapping(config),
+        weights=model.state_dict(),
+        epoch=result.epoch,
+        steps_taken=result.steps_taken,
+        validation_loss=result.held_out.loss,
+    )
+    if best:
+        save_checkpoint(directory / BEST_NAME, checkpoint)
+    if is_checkpoint_due(config, result):
         save_checkpoint(directory / CHECKPOINT_NAME, checkpoint)
 
 
 def is_checkpoint_due(config: Config, result: EpochResult) -> bool:
     """Whether a checkpoint is saved after this epoch."""
     every = config.runtime.checkpoint_every
-    return result.epoch > 0 and (result.epoch % every == 0 or result.epoch == result.epochs)
+    return result.epoch > 0 and (result.epoch % every == 0 or result.last)
 
 
 def earlier_epochs(
@@ -156,9 +165,13 @@ def earlier_epochs(
     """
     if state is None:
         return ()
-    found = _read_lines(directory / EPOCHS_NAME)
-    results = tuple(_result(line, config) for line in found)
-    return tuple(result for result in results if result.epoch <= state.position.epoch)
+    position = state.position
+    found = (_result(line, config) for line in _read_lines(directory / EPOCHS_NAME))
+    return tuple(
+        replace(result, last=position.finished and result.epoch == position.epoch)
+        for result in found
+        if result.epoch <= position.epoch
+    )
 
 
 def rewrite_epochs(directory: Path, epochs: tuple[EpochResult, ...]) -> None:

@@ -66,6 +66,7 @@ class EpochResult:
         memorised: averaged weights on the training scenes; None when this epoch is not evaluated.
         held_out: the same weights on the held-out scenes.
         findings: what the guard found wrong since the epoch before.
+        last: whether training ends with it: as planned, or early.
     """
 
     epoch: int
@@ -75,6 +76,7 @@ class EpochResult:
     memorised: Evaluation | None
     held_out: Evaluation | None
     findings: tuple[Finding, ...] = ()
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from reference_trainer.annealing import at_epoch
 from reference_trainer.data import draw_data
-from reference_trainer.recording import StateKeeper, earlier_epochs, new_records, rewrite_epochs
+from reference_trainer.recording import (
+    StateKeeper,
+    earlier_epochs,
+    is_checkpoint_due,
+    new_records,
+    record_epoch,
+    rewrite_epochs,
+)
 from reference_trainer.setup import (
     assemble,
     attach_gate,
@@ -58,10 +66,18 @@ class Session:
     position: Position | None
     epochs: tuple[EpochResult, ...]
 
-    @property
-    def writes(self) -> Path | None:
-        """The run directory in the process that writes evaluations and checkpoints, else None."""
-        return self.directory if self.parts.processes.leads else None
+    def record(self, result: EpochResult, *, best: bool) -> None:
+        """Write an epoch to the run directory, and checkpoint and state where they are due.
+
+        Args:
+            result: the newest epoch.
+            best: whether it is the best so far; kept only where training may stop early.
+        """
+        if self.directory is not None and self.parts.processes.leads:
+            best = best and self.config.optimization.patience > 0
+            record_epoch(self.directory, self.config, self.parts.averaged.module, result, best=best)
+        if is_checkpoint_due(self.config, result):
+            self.keeper.save(Position(epoch=result.epoch, finished=result.last))
 
 
 @contextmanager
@@ -105,6 +121,7 @@ def opened(
                 rewrite_epochs(directory, epochs)
         if state is not None:
             put_back(state, parts, gate)
+            at_epoch(parts, config, state.position.epoch)
         guard = stack.enter_context(attach_guard(parts, config, recorder, gate=gate))
         yield Session(
             config=config,

@@ -97,7 +97,7 @@ def assemble(config: Config, device: torch.device, processes: Processes = ALONE)
     and what is drawn after them (dropout) is different on each.
     """
     torch.manual_seed(config.network.seed)
-    model = CovarianceNetwork(dropout=config.network.dropout).to(device)
+    model = new_network(config).to(device)
     if not processes.leads:
         torch.manual_seed(config.network.seed + (processes.rank << 32))
     optimizer = _optimizer(model, config.optimization)
@@ -118,7 +118,9 @@ def assemble(config: Config, device: torch.device, processes: Processes = ALONE)
             warmup_fraction=config.optimization.warmup_fraction,
             final_fraction=config.optimization.final_fraction,
         ),
-        averaged=AveragedWeights(model, decay=config.optimization.averaging_decay),
+        averaged=AveragedWeights(
+            model, decay=config.optimization.averaging_decay, mean_from=_mean_from(config)
+        ),
         objective=Objective(
             weights=config.loss,
             sample_blend=config.optimization.sample_blend,
@@ -128,6 +130,19 @@ def assemble(config: Config, device: torch.device, processes: Processes = ALONE)
         device=device,
         processes=processes,
     )
+
+
+def new_network(config: Config) -> CovarianceNetwork:
+    """Return the network of a run before its first step. Draws from torch's global generator."""
+    return CovarianceNetwork(
+        dropout=config.network.dropout, grid_temperature=config.schedules.temperature_start
+    )
+
+
+def _mean_from(config: Config) -> int | None:
+    """Steps after which the averaged weights are a plain mean."""
+    fraction = config.optimization.swa_fraction
+    return round((1.0 - fraction) * steps_of(config)) if fraction else None
 
 
 def connected(parts: Parts, start: RunStart) -> Parts:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from reference_trainer.annealing import at_epoch, best_epoch, stops_early
 from reference_trainer.data import batches, first_number, windows
 from reference_trainer.evaluation import Evaluation, evaluate
 from reference_trainer.processes import ALONE, Processes, keeping_gradients
-from reference_trainer.recording import is_checkpoint_due, record_epoch
 from reference_trainer.reporting import SilentView
 from reference_trainer.restore import SavedRun, find_run
 from reference_trainer.results import EpochResult, TrainingResult
@@ -115,8 +116,10 @@ def train_epochs(session: Session) -> Iterator[EpochResult]:
     Number 0 is before training.
     """
     parts, data, config, guard = session.parts, session.data, session.config, session.guard
-    begin, last, told = session.position, config.optimization.epochs, 0
-    for epoch in range(0 if begin is None else begin.epoch + 1, last + 1):
+    begin, epochs, told = session.position, list(session.epochs), 0
+    if begin is not None and begin.finished:
+        return
+    for epoch in range(0 if begin is None else begin.epoch + 1, config.optimization.epochs + 1):
         loss = train_epoch(parts, data.training, config, guard, epoch, begin, session.keeper)
         guard.flush()
         averaged, due, begin = parts.averaged.module, is_evaluated(epoch, config), None
@@ -124,18 +127,25 @@ def train_epochs(session: Session) -> Iterator[EpochResult]:
         told += len(new_findings)
         result = EpochResult(
             epoch=epoch,
-            epochs=last,
+            epochs=config.optimization.epochs,
             steps_taken=parts.averaged.taken,
             training_loss=loss,
             memorised=evaluate_on(averaged, data.memorised, parts, config) if due else None,
             held_out=evaluate_on(averaged, data.held_out, parts, config) if due else None,
             findings=new_findings,
         )
-        if session.writes is not None:
-            record_epoch(session.writes, config, averaged, result)
-        if is_checkpoint_due(config, result):
-            session.keeper.save(Position(epoch=epoch, finished=epoch == last))
+        result = replace(result, last=is_last([*epochs, result], config))
+        epochs.append(result)
+        session.record(result, best=best_epoch(epochs) is result)
         yield result
+        if result.last:
+            return
+
+
+def is_last(epochs: Sequence[EpochResult], config: Config) -> bool:
+    """Whether training ends with the newest of ``epochs``."""
+    planned = epochs[-1].epoch == config.optimization.epochs
+    return planned or stops_early(epochs, patience=config.optimization.patience)
 
 
 def train_epoch(
@@ -162,6 +172,7 @@ def train_epoch(
     """
     if epoch == 0:
         return None
+    parts = at_epoch(parts, config, epoch)
     parts.model.train()
     done, accumulation = begin or Position(), config.optimization.accumulation
     drawn = batches(
