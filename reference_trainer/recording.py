@@ -15,31 +15,25 @@ began. Of ``epochs.jsonl`` the lines after the state are dropped when a run is r
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import gradguard as gg
 from reference_trainer.checkpoint import Checkpoint, save_checkpoint
-from reference_trainer.errors import RecordingError
-from reference_trainer.evaluation import Evaluation
-from reference_trainer.results import EpochResult
+from reference_trainer.epoch_lines import append_epoch
 from reference_trainer.settings import as_mapping
-from reference_trainer.training_state import Position, TrainingState, capture, save_state
+from reference_trainer.training_state import Position, capture, save_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import nn
 
     from reference_trainer.config import Config
     from reference_trainer.processes import Processes
+    from reference_trainer.results import EpochResult
     from reference_trainer.setup import Parts
 
-EPOCHS_NAME = "epochs.jsonl"
 CHECKPOINT_NAME = "checkpoint.pt"
 BEST_NAME = "best.pt"
 STATE_NAME = "state.pt"
@@ -131,7 +125,7 @@ def record_epoch(
         RecordingError: the line could not be written; those before it are safe.
         CheckpointError: the checkpoint could not be written; the one before it is safe.
     """
-    _append_line(directory / EPOCHS_NAME, result)
+    append_epoch(directory, result)
     if result.held_out is None:
         return
     checkpoint = Checkpoint(
@@ -151,111 +145,3 @@ def is_checkpoint_due(config: Config, result: EpochResult) -> bool:
     """Whether a checkpoint is saved after this epoch."""
     every = config.runtime.checkpoint_every
     return result.epoch > 0 and (result.epoch % every == 0 or result.last)
-
-
-def earlier_epochs(
-    directory: Path, state: TrainingState | None, config: Config
-) -> tuple[EpochResult, ...]:
-    """Return the recorded epochs that are finished in ``state``, without their findings.
-
-    A last line that was cut short is passed over.
-
-    Raises:
-        RecordingError: the lines cannot be read.
-    """
-    if state is None:
-        return ()
-    position = state.position
-    found = (_result(line, config) for line in _read_lines(directory / EPOCHS_NAME))
-    return tuple(
-        replace(result, last=position.finished and result.epoch == position.epoch)
-        for result in found
-        if result.epoch <= position.epoch
-    )
-
-
-def rewrite_epochs(directory: Path, epochs: tuple[EpochResult, ...]) -> None:
-    """Leave in ``epochs.jsonl`` just these epochs: later ones are about to be repeated.
-
-    Raises:
-        RecordingError: the file could not be written; it is as it was.
-    """
-    path = directory / EPOCHS_NAME
-    draft = path.with_name(f".{path.name}.partial")
-    try:
-        draft.write_text("".join(_line(result) for result in epochs), encoding="ascii")
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise RecordingError(
-            f"could not rewrite {path} ({error.strerror or error}); it is unchanged. Free some "
-            "space and resume again"
-        ) from error
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="ascii").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordingError(f"could not read the epochs of the run from {path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            return
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise RecordingError(f"line {number} of {path} is no JSON: {error}") from None
-
-
-def _append_line(path: Path, result: EpochResult) -> None:
-    try:
-        with path.open("a", encoding="ascii") as file:
-            file.write(_line(result))
-    except OSError as error:
-        raise RecordingError(
-            f"could not record epoch {result.epoch} in {path} ({error.strerror or error}); the "
-            "epochs before it are safe. Free some space or choose another --run-dir"
-        ) from error
-
-
-def _line(result: EpochResult) -> str:
-    content = {
-        "epoch": result.epoch,
-        "steps_taken": result.steps_taken,
-        "training_loss": _plain(result.training_loss),
-        "memorised": _readings(result.memorised),
-        "held_out": _readings(result.held_out),
-    }
-    return json.dumps(content, allow_nan=False) + "\n"
-
-
-def _result(line: dict[str, Any], config: Config) -> EpochResult:
-    return EpochResult(
-        epoch=line["epoch"],
-        epochs=config.optimization.epochs,
-        steps_taken=line["steps_taken"],
-        training_loss=None if line["training_loss"] is None else float(line["training_loss"]),
-        memorised=_evaluation(line["memorised"]),
-        held_out=_evaluation(line["held_out"]),
-    )
-
-
-def _readings(evaluation: Evaluation | None) -> dict[str, float | str | None] | None:
-    if evaluation is None:
-        return None
-    accuracy = evaluation.source_count_accuracy
-    values = {"loss": evaluation.loss, "source_count_accuracy": accuracy, **evaluation.terms}
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _evaluation(readings: dict[str, Any] | None) -> Evaluation | None:
-    if readings is None:
-        return None
-    terms = {name: float(value) for name, value in readings.items()}
-    loss, accuracy = terms.pop("loss"), terms.pop("source_count_accuracy")
-    return Evaluation(loss=loss, terms=terms, source_count_accuracy=accuracy)
-
-
-def _plain(value: float | None) -> float | str | None:
-    """Strict JSON knows no NaN and no infinity."""
-    return value if value is None or math.isfinite(value) else str(value)

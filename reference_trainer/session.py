@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from reference_trainer.annealing import at_epoch
 from reference_trainer.data import draw_data
+from reference_trainer.epoch_lines import earlier_epochs, rewrite_epochs
 from reference_trainer.recording import (
     StateKeeper,
-    earlier_epochs,
     is_checkpoint_due,
     new_records,
     record_epoch,
-    rewrite_epochs,
 )
 from reference_trainer.setup import (
     assemble,

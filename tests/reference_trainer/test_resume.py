@@ -13,8 +13,8 @@ import torch
 import gradguard as gg
 from reference_trainer import cli
 from reference_trainer.checkpoint import load_checkpoint
+from reference_trainer.epoch_lines import earlier_epochs, rewrite_epochs
 from reference_trainer.errors import CheckpointError, RecordingError
-from reference_trainer.recording import earlier_epochs, rewrite_epochs
 from reference_trainer.reporting import SilentView
 from reference_trainer.settings import preset, with_overrides
 from reference_trainer.setup import assemble
