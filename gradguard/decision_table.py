@@ -70,9 +70,17 @@ class DecisionTable:
         rows = [(i, row) for i, policy in enumerate(policies) for row in policy.table()]
         self._rows = sorted(rows, key=lambda entry: not entry[1].on_nonfinite)
 
-    def start(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Return every policy's first state, with the dtype and device of ``like``. Sync: none."""
-        return tuple(_filled(policy.start(), like) for policy in self.policies)
+    def start(
+        self, like: Tensor, *, values: Sequence[Sequence[float]] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return every policy's first state, with the dtype and device of ``like``. Sync: none.
+
+        Args:
+            like: any tensor.
+            values: states to go on from; those of a new gate when None.
+        """
+        begun = [policy.start() for policy in self.policies] if values is None else values
+        return tuple(_filled(state, like) for state in begun)
 
     def judge(self, readings: Readings[Tensor], states: Sequence[Tensor]) -> Judgement:
         """Return what the table says about these readings. Sync: none."""

@@ -79,6 +79,7 @@ class StepGate:
         self._optimizer = _check_optimizer(optimizer, backend)
         self._table = DecisionTable(_check_policies(policies))
         self._states: tuple[Tensor, ...] | None = None
+        self._remembered: list[list[float]] | None = None  # loaded, until a step tells the device
         self._backend, self._process_group = backend, process_group
         self._book = VerdictBook(
             self._table.policies,
@@ -157,6 +158,45 @@ class StepGate:
         Valid from this gate's pre-hook until its next one.
         """
         return self._veto_flag
+
+    # --- save and go on -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that later verdicts depend on, as plain values: a gate that loads it goes on alike.
+
+        Running estimates of the policies, vetoes the ceilings look back on, and counts. The decisions
+        themselves are not part of it.
+
+        Sync: waits for the device.
+        """
+        self._late.flush()
+        states = self._remembered
+        if self._states is not None:
+            states = [state.tolist() for state in self._states]
+        policies = [policy.name for policy in self._table.policies]
+        book = self._book.state_dict()
+        return {"policies": policies, "states": states, "attempts": self._attempts, "book": book}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` of a gate with the same policies returned.
+
+        Decisions that were made before are not known to this gate.
+
+        Raises:
+            ValueError: the state is of a gate with other policies.
+
+        Sync: waits for the device.
+        """
+        policies = [policy.name for policy in self._table.policies]
+        if state["policies"] != policies:
+            raise ValueError(
+                f"StepGate.load_state_dict got the state of a gate with the policies {state['policies']}, "
+                f"this one has {policies}; make it with the same policies in the same order"
+            )
+        self._late.flush()
+        self._states, self._remembered = None, state["states"]
+        self._attempts = state["attempts"]
+        self._book.load_state_dict(state["book"])
 
     # --- life cycle -----------------------------------------------------------------------------
 
@@ -257,7 +297,7 @@ class StepGate:
         """Judge what all ranks read together, and learn from it if the step is allowed."""
         readings = agreed(local, self._process_group)
         if self._states is None:
-            self._states = self._table.start(like=readings.norm)
+            self._states = self._table.start(like=readings.norm, values=self._remembered)
         judgement = self._table.judge(readings, self._states)
         self._states = self._table.learn(readings, self._states, judgement.allowed)
         return judgement

@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -107,6 +108,28 @@ class VerdictBook:
         ceiling, self._ceiling = self._ceiling, None
         if ceiling is not None:
             raise GateCeilingError(ceiling)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts and what the ceilings look at, as plain values; not the decisions."""
+        return {
+            "window": list(self._window),
+            "consecutive": self._consecutive,
+            "entered": self._entered,
+            "tally": dict(self._tally),
+            "by_policy": dict(self._by_policy),
+            "abstained": dict(self._abstained),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned; decisions from before are not kept."""
+        self._window.clear()
+        self._window.extend(state["window"])
+        self._consecutive, self._entered = state["consecutive"], state["entered"]
+        self._tally = Counter(state["tally"])
+        self._by_policy = Counter(state["by_policy"])
+        self._abstained = Counter(state["abstained"])
+        self._kept.clear()
+        self._ceiling = None
 
     @property
     def last(self) -> GateDecision | None:

@@ -1,35 +1,44 @@
-"""The command line: ``train`` a network, ``evaluate`` a checkpoint.
+"""The command line: ``train``, ``resume`` a killed run, ``evaluate`` a checkpoint, write ``scenes``.
 
 Exit status: 0 when all went well, 1 when a run ended with errors found by the guard, 2 when it could
 not start or go on; then standard error says why, in one sentence.
 """
 
 # No "from __future__ import annotations": typer reads the annotations.
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
+from rich.progress import Progress
 from rich.rule import Rule
 from rich.text import Text
 from typer.core import TyperCommand
 
 import gradguard as gg
 from reference_trainer.config import PRESETS
+from reference_trainer.data import training_physics
 from reference_trainer.errors import ConfigError, TrainerError
-from reference_trainer.restore import evaluate_checkpoint
+from reference_trainer.processes import Processes, joined_processes
+from reference_trainer.restore import evaluate_checkpoint, find_run
+from reference_trainer.results import TrainingResult
 from reference_trainer.settings import as_mapping, config_keys, preset, with_overrides
+from reference_trainer.setup import pick_device
+from reference_trainer.stored_scenes import write_scenes
 from reference_trainer.terminal import TerminalView
+from reference_trainer.train import resume as resume_run
 from reference_trainer.train import train as train_network
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Train the RIS covariance network under the guard, or evaluate a checkpoint of it.",
+    help="Train the RIS covariance network under the guard, resume a killed run, or evaluate one.",
 )
 
 
@@ -108,15 +117,61 @@ def train(
             f"--init-scale {init_scale} has no effect in {config.precision.mode}: "
             "only fp16 scales the loss; add --precision fp16"
         )
-    with TerminalView() as view:
-        result = train_network(
-            config, run_directory=run_dir or _new_directory(preset_name), view=view
+    with joined_processes(pick_device(config.runtime.device)) as processes:
+        directory = processes.agree(run_dir or _new_directory(preset_name))
+        with _view(processes) as view:
+            result = train_network(config, run_directory=directory, view=view, processes=processes)
+        _finish(result, view)
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="The directory of a run that was killed.")],
+) -> None:
+    """Go on with a run from its last saved state; it ends in the bits it would have ended in.
+
+    A run of several processes goes on under torchrun with as many.
+    """
+    device = find_run(run_dir).config.runtime.device
+    with joined_processes(pick_device(device)) as processes:
+        with _view(processes) as view:
+            result = resume_run(run_dir, view=view, processes=processes)
+        _finish(result, view)
+
+
+@app.command()
+def scenes(
+    directory: Annotated[Path, typer.Argument(help="A new directory.")],
+    preset_name: Annotated[
+        str, typer.Option("--preset", help=f"Where to start from: {' or '.join(PRESETS)}.")
+    ] = "overfit",
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeat for more."),
+    ] = None,
+) -> None:
+    """Write the training scenes of a run to a directory, for scenes.source=disk.
+
+    Only the settings of the section scenes matter; train --help lists them.
+    """
+    config = with_overrides(preset(preset_name), assignments or ()).scenes
+    with Progress(*Progress.get_default_columns(), disable=not sys.stdout.isatty()) as progress:
+        task = progress.add_task("scenes", total=config.train)
+        write_scenes(
+            directory,
+            training_physics(config),
+            seed=config.seed,
+            split="train",
+            count=config.train,
+            written=lambda count: progress.update(task, completed=count),
         )
-    view.finished(result)
-    errors = [f for f in result.log.findings if f.severity is gg.Severity.ERROR]
-    for finding in errors:
-        _complain(f"{finding.code}: {finding.message}")
-    raise typer.Exit(1 if errors else 0)
+    Console().print(
+        f"{config.train} scenes in {directory}; train on them with --set scenes.source=disk "
+        f"--set scenes.directory={directory}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -125,6 +180,20 @@ def evaluate(
 ) -> None:
     """Evaluate the weights of a checkpoint on both sets of the run it comes from."""
     TerminalView().epoch_ended(evaluate_checkpoint(checkpoint))
+
+
+def _view(processes: Processes) -> TerminalView:
+    """Return what shows the run; it draws nowhere in all processes but the first."""
+    return TerminalView() if processes.leads else TerminalView(Console(file=StringIO()))
+
+
+def _finish(result: TrainingResult, view: TerminalView) -> None:
+    """Show the summary; leave with 1 if the guard found errors."""
+    view.finished(result)
+    errors = [f for f in result.log.findings if f.severity is gg.Severity.ERROR]
+    for finding in errors:
+        _complain(f"{finding.code}: {finding.message}")
+    raise typer.Exit(1 if errors else 0)
 
 
 def _new_directory(preset_name: str) -> Path:

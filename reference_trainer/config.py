@@ -18,6 +18,7 @@ from reference_trainer.physics import SymbolModel
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
+SceneSource = Literal["memory", "fly", "disk"]
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _POWER_OF_TWO = re.compile(r"2\*\*(\d{1,2})")
@@ -33,6 +34,7 @@ LossScale = Annotated[float, BeforeValidator(_read_power_of_two), Field(ge=1.0, 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Temperature = Annotated[float, Field(ge=0.01)]
 LearningRate = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -46,6 +48,13 @@ class ScenesConfig:
         validation: number of held-out scenes.
         symbols: "constant": one symbol per source and scene; "iid": one per snapshot.
         min_range_m: distance of the nearest possible source in metres; the farthest is 10 m.
+        source: where training scenes come from. "memory": the same ones every epoch, all drawn at
+            first; "fly": fresh ones every epoch, never one twice; "disk": the same ones every epoch,
+            from files written by the command scenes. Held-out scenes are drawn in each case.
+        directory: where the command scenes has written them, for source "disk".
+        element_jitter: training scenes displace every RIS element by up to this share of half a
+            wavelength along both axes.
+        code_bits_drop: training scenes quantise the RIS phases with up to this many of 3 bits less.
     """
 
     seed: Seed = 0
@@ -53,6 +62,17 @@ class ScenesConfig:
     validation: Count = 256
     symbols: SymbolModel = "constant"
     min_range_m: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    source: SceneSource = "memory"
+    directory: str = ""
+    element_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    code_bits_drop: Annotated[int, Field(ge=0, le=2)] = 0
+
+    def __post_init__(self) -> None:
+        if (self.source == "disk") != bool(self.directory):
+            raise ValueError(
+                f"setting scenes.source={self.source} with scenes.directory={self.directory!r}: "
+                "give a directory for source disk, and for no other"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -84,6 +104,10 @@ class OptimizationConfig:
         final_fraction: what the cosine leaves of the learning rates at the end.
         sample_blend: share of the receiver's own estimate in the covariance terms of the loss.
         averaging_decay: ceiling of the decay of the averaged weights; 0 follows the live ones.
+        swa_fraction: last share of the planned steps in which the averaged weights are the plain mean
+            of the live ones since its beginning (SWA), not a decaying one; 0 for none.
+        patience: epochs without a smaller covariance NMSE of the held-out set after which training
+            stops; best.pt keeps the best weights then. 0 never stops.
     """
 
     epochs: Count = 60
@@ -97,6 +121,32 @@ class OptimizationConfig:
     final_fraction: Fraction = 0.01
     sample_blend: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     averaging_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    swa_fraction: Fraction = 0.0
+    patience: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SchedulesConfig:
+    """What changes from epoch to epoch besides the learning rate; by default, nothing.
+
+    Attributes:
+        dropout_final_share: what is left of network.dropout in the last epoch; it falls linearly.
+        temperature_start: softmax temperature of the grid head in the first epoch.
+        temperature_end: the same after temperature_fraction of the epochs, along half a cosine.
+        temperature_fraction: share of the epochs after which the temperature stays.
+        structure_start: factor on the weights of eigengap, alignment, contrast and cross_gram in the
+            first epoch.
+        structure_rise: share of the epochs in which that factor rises to 1.
+        structure_final: the factor in the last fifth of the epochs.
+    """
+
+    dropout_final_share: Fraction = 1.0
+    temperature_start: Temperature = 0.15
+    temperature_end: Temperature = 0.15
+    temperature_fraction: Fraction = 0.6
+    structure_start: Annotated[float, Field(ge=0.0)] = 1.0
+    structure_rise: Fraction = 0.1
+    structure_final: Annotated[float, Field(ge=0.0)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -142,12 +192,15 @@ class RuntimeConfig:
         threads: torch's threads; 0 times one step at 1 and at all, and takes the faster.
         evaluate_every: epochs between two evaluations on both sets; the last is always one.
         checkpoint_every: epochs between two checkpoints; the last is always one.
+        state_every: attempted optimizer steps between two training states, from which a killed run
+            is resumed; 262 MB each, the new one replaces the old. Each checkpoint brings one, too.
     """
 
     device: Device = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     evaluate_every: Count = 5
     checkpoint_every: Count = 20
+    state_every: Count = 100
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -159,6 +212,7 @@ class Config:
         network: what can be chosen about the network.
         loss: the weight of every loss term.
         optimization: how the weights move.
+        schedules: what else changes from epoch to epoch.
         precision: in which arithmetic the network runs.
         guard: how the run is watched.
         runtime: where the run runs.
@@ -168,6 +222,7 @@ class Config:
     network: NetworkConfig = NetworkConfig()
     loss: LossWeights = LossWeights()
     optimization: OptimizationConfig = OptimizationConfig()
+    schedules: SchedulesConfig = SchedulesConfig()
     precision: PrecisionConfig = PrecisionConfig()
     guard: GuardConfig = GuardConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -175,6 +230,11 @@ class Config:
     def __post_init__(self) -> None:
         if not any(asdict(self.loss).values()):
             raise ValueError("every loss weight is 0: nothing to train; set one, loss.covariance=1")
+        if self.optimization.epochs * self.scenes.train > 2**32:
+            raise ValueError(
+                f"setting {self.optimization.epochs} epochs of {self.scenes.train} scenes: more than "
+                "the 2**32 scenes that a seed has; take fewer of either"
+            )
 
 
 PRESETS: Mapping[str, Config] = MappingProxyType(
@@ -183,7 +243,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
         "smoke": Config(
             scenes=ScenesConfig(train=16, validation=8),
             optimization=OptimizationConfig(epochs=2, batch_scenes=8),
-            runtime=RuntimeConfig(threads=1, evaluate_every=1),
+            runtime=RuntimeConfig(threads=1, evaluate_every=1, state_every=1),
         ),
     }
 )

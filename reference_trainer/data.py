@@ -1,9 +1,10 @@
-"""The two sets of a run, the proof that they share no scene, and the order of the batches."""
+"""The sets of a run, the proof that they share no scene, and the order of the batches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ import torch
 from reference_trainer.errors import DataError
 from reference_trainer.examples import Examples, make_examples
 from reference_trainer.physics import ScenePhysics
-from reference_trainer.scenes import Scenes, Split, draw_scenes, fingerprint
+from reference_trainer.scenes import Scenes, draw_scenes, fingerprint
+from reference_trainer.stored_scenes import open_scenes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,31 +23,131 @@ if TYPE_CHECKING:
     from reference_trainer.config import ScenesConfig
 
 
+class TrainingScenes(Protocol):
+    """What batches are taken from; :class:`Examples` is one."""
+
+    def __len__(self) -> int:
+        """Return the scenes of one epoch."""
+
+    def select(self, index: Tensor) -> Examples:
+        """Return the scenes with these numbers [n], on the device of the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreshScenes:
+    """Training scenes that are drawn when they are asked for, under numbers that never come again.
+
+    Attributes:
+        physics: what they are drawn from.
+        seed: of the data set.
+        count: scenes of one epoch.
+        device: of the run.
+    """
+
+    physics: ScenePhysics
+    seed: int
+    count: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.count
+
+    def select(self, index: Tensor) -> Examples:
+        """Draw the training scenes with these numbers [n]."""
+        scenes = draw_scenes(self.physics, seed=self.seed, split="train", indices=index.tolist())
+        return make_examples(self.physics, scenes).to(self.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredScenes:
+    """Training scenes on the disk, of which a batch is read when it is asked for.
+
+    Attributes:
+        physics: what they were drawn from.
+        scenes: all of them; their tensors are files mapped into memory.
+        device: of the run.
+    """
+
+    physics: ScenePhysics
+    scenes: Scenes
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def select(self, index: Tensor) -> Examples:
+        """Read the scenes with these numbers [n]."""
+        return make_examples(self.physics, self.scenes.select(index)).to(self.device)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSets:
-    """What is trained on, and what is not: two sets that share no scene."""
+    """What is trained on, and what is not: sets that share no scene.
 
+    Attributes:
+        training: what the batches are taken from.
+        memorised: training scenes to evaluate on: all of them where they are in memory, else the
+            first ones, as many as are held out.
+        held_out: scenes that are never trained on.
+    """
+
+    training: TrainingScenes
     memorised: Examples
     held_out: Examples
 
 
+def scene_physics(config: ScenesConfig) -> ScenePhysics:
+    """Return what held-out scenes are drawn from."""
+    return ScenePhysics(symbols=config.symbols, min_range_m=config.min_range_m)
+
+
+def training_physics(config: ScenesConfig) -> ScenePhysics:
+    """Return what training scenes are drawn from: the same, and what makes them more varied."""
+    return replace(
+        scene_physics(config),
+        element_jitter=config.element_jitter,
+        code_bits_drop=config.code_bits_drop,
+    )
+
+
 def draw_data(config: ScenesConfig, *, device: torch.device) -> DataSets:
-    """Draw both sets.
+    """Draw or open the sets of a run.
 
     Raises:
-        DataError: the sets share a scene.
+        DataError: the sets share a scene, or the scenes on the disk are not those of the run.
     """
-    physics = ScenePhysics(symbols=config.symbols, min_range_m=config.min_range_m)
-
-    def draw(split: Split, count: int) -> Scenes:
-        return draw_scenes(physics, seed=config.seed, split=split, indices=range(count))
-
-    memorised, held_out = draw("train", config.train), draw("validation", config.validation)
-    require_disjoint(memorised, held_out)
-    return DataSets(
-        memorised=make_examples(physics, memorised).to(device),
-        held_out=make_examples(physics, held_out).to(device),
+    physics, nominal = training_physics(config), scene_physics(config)
+    held_out = draw_scenes(
+        nominal, seed=config.seed, split="validation", indices=range(config.validation)
     )
+    training: TrainingScenes | None = None
+    if config.source == "disk":
+        stored = open_scenes(
+            Path(config.directory), physics, seed=config.seed, split="train", count=config.train
+        )
+        require_disjoint(stored, held_out)
+        training = StoredScenes(physics=physics, scenes=stored, device=device)
+        memorised = stored.select(slice(0, config.validation))
+    else:
+        fresh = config.source == "fly"
+        count = min(config.train, config.validation) if fresh else config.train
+        memorised = draw_scenes(physics, seed=config.seed, split="train", indices=range(count))
+        require_disjoint(memorised, held_out)
+        if fresh:
+            training = FreshScenes(
+                physics=physics, seed=config.seed, count=config.train, device=device
+            )
+    seen = make_examples(physics, memorised).to(device)
+    return DataSets(
+        training=training or seen,
+        memorised=seen,
+        held_out=make_examples(nominal, held_out).to(device),
+    )
+
+
+def first_number(scenes: TrainingScenes, epoch: int) -> int:
+    """Return the number of the first scene of an epoch, from 1: 0, unless every epoch has its own."""
+    return (epoch - 1) * len(scenes) if isinstance(scenes, FreshScenes) else 0
 
 
 def require_disjoint(memorised: Scenes, held_out: Scenes) -> None:
@@ -62,13 +164,22 @@ def require_disjoint(memorised: Scenes, held_out: Scenes) -> None:
         )
 
 
-def batches(count: int, *, batch_scenes: int, seed: int, epoch: int) -> Iterator[Tensor]:
+def batches(
+    count: int, *, batch_scenes: int, seed: int, epoch: int, first: int = 0
+) -> Iterator[Tensor]:
     """Yield the scenes of one epoch as index tensors [n]: every scene once, in a random order.
 
     The order depends on the seed and the epoch alone, not on what was drawn before. Only the last
     batch may be short.
+
+    Args:
+        count: scenes of the epoch.
+        batch_scenes: scenes of a batch.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        first: number of the first scene of the epoch.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(count)
+    order = first + np.random.default_rng((seed, epoch)).permutation(count)
     yield from torch.split(torch.from_numpy(order), batch_scenes)
 
 

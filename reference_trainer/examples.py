@@ -68,7 +68,12 @@ class Examples:
         return Examples(self.observed.to(device), self.scenes.to(device), self.stencil.to(device))
 
     def select(self, index: Tensor | slice) -> Examples:
-        """Return some of the examples: a slice shares memory, an index tensor [n] copies."""
+        """Return some of the examples: a slice shares memory, an index tensor [n] copies.
+
+        The index may be on another device.
+        """
+        if isinstance(index, Tensor):
+            index = index.to(self.stencil.device)
         return Examples(self.observed.select(index), self.scenes.select(index), self.stencil[index])
 
 

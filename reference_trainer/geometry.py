@@ -36,7 +36,12 @@ def element_positions_m(
 
 
 def steering_vectors(
-    physics: ScenePhysics, azimuth_rad: Tensor, elevation_rad: Tensor, range_m: Tensor
+    physics: ScenePhysics,
+    azimuth_rad: Tensor,
+    elevation_rad: Tensor,
+    range_m: Tensor,
+    *,
+    offsets_m: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     r"""Return the unit-norm response ``[..., N]`` of the RIS to point sources, complex.
 
@@ -49,10 +54,14 @@ def steering_vectors(
         azimuth_rad: real ``[...]``; float32 and float64 are computed as such.
         elevation_rad: real ``[...]``, broadcast against the azimuth.
         range_m: real ``[...]``, above 0, broadcast against the azimuth.
+        offsets_m: displacements of the elements along x and y, each ``[..., N]``, broadcast against
+            the result; None for elements that are where they should be.
 
     Sync: none. Differentiable in all three.
     """
     x_m, y_m = element_positions_m(physics, like=azimuth_rad)
+    if offsets_m is not None:
+        x_m, y_m = x_m + offsets_m[0], y_m + offsets_m[1]
     azimuth, elevation, radius_m = (t.unsqueeze(-1) for t in (azimuth_rad, elevation_rad, range_m))
     towards, upwards = phasors(azimuth), phasors(elevation)
     along_x = towards.imag * upwards.real

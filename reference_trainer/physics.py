@@ -17,6 +17,8 @@ from typing import Literal, get_args
 SymbolModel = Literal["constant", "iid"]
 """``constant``: one symbol a source for all snapshots (coherent); ``iid``: a new one each snapshot."""
 
+_MAY_BE_ZERO = ("element_jitter", "code_bits_drop")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScenePhysics:
@@ -42,6 +44,9 @@ class ScenePhysics:
         station_half_width_deg: azimuth and elevation of the RIS seen from the base station, and
             of the base station seen from the RIS: four independent angles within this.
         station_range_m: distance of the base station from the RIS.
+        element_jitter: every RIS element of a scene is displaced, along x and along y, by up to this
+            share of half a wavelength; in what is received and in the truth alike.
+        code_bits_drop: the phases of a scene have up to this many bits fewer than ``code_bits``.
 
     Raises:
         ValueError: a field is out of its bounds; the message names it.
@@ -65,6 +70,8 @@ class ScenePhysics:
     max_rician_factor: float = 10.0
     station_half_width_deg: float = 60.0
     station_range_m: float = 100.0
+    element_jitter: float = 0.0
+    code_bits_drop: int = 0
 
     def __post_init__(self) -> None:
         if self.symbols not in get_args(SymbolModel):
@@ -80,6 +87,12 @@ class ScenePhysics:
                 )
         if self.code_bits > 8:
             raise ValueError(f"scene physics: code_bits is {self.code_bits}; expected 1 to 8")
+        if not self.element_jitter < 1 or not self.code_bits_drop < self.code_bits:
+            raise ValueError(
+                f"scene physics: element_jitter={self.element_jitter} and "
+                f"code_bits_drop={self.code_bits_drop} with code_bits={self.code_bits}; expected "
+                "less than 1, and fewer bits to drop than there are"
+            )
 
     def _require_numbers(self) -> None:
         for field in fields(self):
@@ -88,6 +101,8 @@ class ScenePhysics:
                 continue
             if not math.isfinite(value):
                 raise ValueError(f"scene physics: {field.name} is {value}; expected a number")
+            if field.name in _MAY_BE_ZERO and value >= 0:
+                continue
             if not field.name.endswith("_db") and value <= 0:
                 raise ValueError(f"scene physics: {field.name} is {value}; expected more than 0")
 

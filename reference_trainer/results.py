@@ -28,10 +28,13 @@ class RunStart:
         threads: torch's threads.
         thread_seconds: what a forward and backward pass took, by number of threads; empty when it
             was not measured.
-        memorised_scenes: scenes to train on.
+        memorised_scenes: scenes to train on in each epoch.
         held_out_scenes: scenes held out, none of them among the others.
         planned_steps: optimizer steps if none is skipped.
         directory: the run directory; None when nothing is recorded.
+        processes: processes that take each step together.
+        steps_taken: optimizer steps that were taken before this part of the run; 0 for a new run.
+        source: where training scenes come from: "memory", "fly" (fresh ones every epoch) or "disk".
     """
 
     tensors: int
@@ -46,6 +49,9 @@ class RunStart:
     held_out_scenes: int
     planned_steps: int
     directory: Path | None
+    processes: int = 1
+    steps_taken: int = 0
+    source: str = "memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +66,7 @@ class EpochResult:
         memorised: averaged weights on the training scenes; None when this epoch is not evaluated.
         held_out: the same weights on the held-out scenes.
         findings: what the guard found wrong since the epoch before.
+        last: whether training ends with it: as planned, or early.
     """
 
     epoch: int
@@ -69,6 +76,7 @@ class EpochResult:
     memorised: Evaluation | None
     held_out: Evaluation | None
     findings: tuple[Finding, ...] = ()
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +85,11 @@ class TrainingResult:
 
     Attributes:
         start: what was known before the first step.
-        epochs: every epoch, from number 0.
+        epochs: every epoch, from number 0; in a resumed run the earlier ones as they were recorded.
         live: the weights that were optimised, on the training scenes; the evaluations in ``epochs``
             are of the averaged weights.
-        log: one record for every attempted optimizer step, and the guard's findings.
+        log: one record for every optimizer step attempted since the run began or was resumed, and
+            the guard's findings.
         model: the averaged weights: what was evaluated and saved.
         wall_s: seconds from the call to the end, setting up included.
     """

@@ -63,7 +63,7 @@ def synthesise(physics: ScenePhysics, variates: Variates) -> dict[str, NDArray[A
     """Return all arrays of ``Scenes`` but the estimate, by name."""
     sources = place_sources(physics, variates)
     snr_db = _uniform(variates.scene[:, 1], physics.min_snr_db, physics.max_snr_db)
-    steering = _steering(physics, sources)
+    steering = _steering(physics, sources, variates)
     signal, power = _signal(physics, sources, variates.symbols, steering)
     codes = phase_codes(variates.levels, code_bits=physics.code_bits)
     channel = _channel(physics, variates)
@@ -87,12 +87,26 @@ def _uniform(unit: NDArray[np.float64], low: float, high: float) -> NDArray[np.f
     return low + (high - low) * unit
 
 
-def _steering(physics: ScenePhysics, sources: Sources) -> ComplexArray:
+def _steering(physics: ScenePhysics, sources: Sources, variates: Variates) -> ComplexArray:
     """Steering vectors ``[B, K, N]``, zero for inactive slots."""
     position = (sources.azimuth_rad, sources.elevation_rad, _positive_range_m(sources))
-    vectors = steering_vectors(physics, *(torch.from_numpy(part) for part in position))
+    offsets_m = element_offsets_m(physics, variates)
+    if offsets_m is not None:
+        offsets_m = offsets_m[0].unsqueeze(1), offsets_m[1].unsqueeze(1)
+    vectors = steering_vectors(
+        physics, *(torch.from_numpy(part) for part in position), offsets_m=offsets_m
+    )
     masked: ComplexArray = vectors.numpy() * sources.active[:, :, None]
     return masked
+
+
+def element_offsets_m(physics: ScenePhysics, variates: Variates) -> tuple[Tensor, Tensor] | None:
+    """Return how far the elements of each scene are displaced along x and y, ``[B, N]`` each."""
+    if variates.jitter is None:
+        return None
+    most_m = np.float32(physics.element_jitter * physics.wavelength_m / 2)
+    along_x, along_y = torch.from_numpy(variates.jitter * most_m).unbind(dim=1)
+    return along_x, along_y
 
 
 def _positive_range_m(sources: Sources) -> NDArray[np.float32]:
@@ -127,7 +141,13 @@ def _channel(physics: ScenePhysics, variates: Variates) -> ComplexArray:
         variates.scene[:, 2], physics.min_rician_factor, physics.max_rician_factor
     ).astype(np.float32)
     distance_m = torch.full_like(departure[:, 0], physics.station_range_m)
-    towards_station = steering_vectors(physics, departure[:, 0], departure[:, 1], distance_m)
+    towards_station = steering_vectors(
+        physics,
+        departure[:, 0],
+        departure[:, 1],
+        distance_m,
+        offsets_m=element_offsets_m(physics, variates),
+    )
     unit_norm: ComplexArray = towards_station.numpy()
     return rician_channel(
         station_response=_station_response(physics, arrival).numpy(),

@@ -67,22 +67,27 @@ class TerminalView:
 
     def preparing(self, config: Config) -> None:
         """Say what takes the first seconds."""
-        scenes = config.scenes.train + config.scenes.validation
-        self._print(f"drawing {scenes} scenes, rehearsing one forward and backward pass ...")
+        doing = {
+            "memory": f"drawing {config.scenes.train + config.scenes.validation} scenes",
+            "fly": f"drawing {config.scenes.validation} scenes",
+            "disk": f"checking the scenes in {config.scenes.directory}",
+        }
+        told = doing[config.scenes.source]
+        self._print(f"{told}, rehearsing one forward and backward pass ...")
 
     def started(self, start: RunStart) -> None:
         """Print what will run, and whether every parameter is reached."""
         self._print(f"{start.tensors} tensors, {start.parameters:,} parameters, {start.live} live")
         for name in start.dead:
             self._print(f"  no live gradient: {name}")
-        self._print(
-            f"{start.memorised_scenes} scenes to memorise, {start.held_out_scenes} held out, "
-            "none in both (fingerprints compared)"
-        )
-        self._print(f"{start.precision} on {start.device}, {_threads(start)}")
+        self._print(f"{_scenes(start)}, {start.held_out_scenes} held out, {_PROOF[start.source]}")
+        together = f", {start.processes} processes" if start.processes > 1 else ""
+        self._print(f"{start.precision} on {start.device}, {_threads(start)}{together}")
         if start.directory is not None:
             self._print(f"recorded in {start.directory}")
-        self._progress.update(self._task, total=start.planned_steps)
+        if start.steps_taken:
+            self._print(f"going on after {start.steps_taken} optimizer steps")
+        self._progress.update(self._task, total=start.planned_steps, completed=start.steps_taken)
 
     def step_ended(self, record: StepRecord) -> None:
         """Print one outcome line."""
@@ -137,6 +142,19 @@ def _number(value: float) -> str:
 
 def _fall(first: Evaluation, last: Evaluation) -> str:
     return f"{1.0 - last.loss / first.loss:.1%}"
+
+
+_PROOF = {
+    "memory": "none in both (fingerprints compared)",
+    "disk": "none in both (fingerprints compared)",
+    "fly": "none in both (streams of their own)",
+}
+
+
+def _scenes(start: RunStart) -> str:
+    if start.source == "fly":
+        return f"{start.memorised_scenes} fresh scenes in every epoch"
+    return f"{start.memorised_scenes} scenes to memorise"
 
 
 def _threads(start: RunStart) -> str:

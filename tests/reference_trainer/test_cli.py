@@ -25,6 +25,8 @@ TINY = [
     "optimization.batch_scenes=2",
     "--set",
     "runtime.device=cpu",
+    "--set",
+    "runtime.state_every=100",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,14 +17,22 @@ from reference_trainer.data import draw_data
 from reference_trainer.reporting import SilentView
 from reference_trainer.restore import evaluate_checkpoint
 from reference_trainer.settings import as_mapping, preset, with_overrides
-from reference_trainer.setup import assemble, attach_guard, look_first, pick_device
+from reference_trainer.setup import (
+    assemble,
+    attach_gate,
+    attach_guard,
+    look_first,
+    pick_device,
+)
 from reference_trainer.train import clip_gradients, train, train_epoch, training_step
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from reference_trainer.config import Config
     from reference_trainer.results import EpochResult, RunStart, TrainingResult
+    from reference_trainer.setup import Parts
 
 CPU = torch.device("cpu")
 
@@ -31,7 +40,15 @@ CPU = torch.device("cpu")
 def tiny(*assignments: str) -> Config:
     """Return a run of a few scenes; the network is the full one."""
     small = ["scenes.train=6", "scenes.validation=3", "optimization.batch_scenes=2"]
-    return with_overrides(preset("smoke"), [*small, "runtime.device=cpu", *assignments])
+    runtime = ["runtime.device=cpu", "runtime.state_every=100"]
+    return with_overrides(preset("smoke"), [*small, *runtime, *assignments])
+
+
+@contextmanager
+def watched_run(parts: Parts, config: Config) -> Iterator[gg.Guard]:
+    """Attach a gate and a guard as a run does."""
+    with attach_gate(parts, config) as gate, attach_guard(parts, config, None, gate=gate) as guard:
+        yield guard
 
 
 class Listener(SilentView):
@@ -124,6 +141,7 @@ def test_a_run_directory_holds_the_whole_run(finished: Finished) -> None:
         "checkpoint.pt",
         "epochs.jsonl",
         "run.json",
+        "state.pt",
         "steps.jsonl",
     ]
 
@@ -148,7 +166,7 @@ def test_accumulated_micro_batches_are_one_batch(batch_scenes: int, accumulation
     for window in [scenes], list(torch.split(scenes, batch_scenes)):
         config = tiny()
         parts, data = assemble(config, CPU), draw_data(config.scenes, device=CPU)
-        with attach_guard(parts, config, None) as guard:
+        with watched_run(parts, config) as guard:
             training_step(parts, data.memorised, window, guard)
         (record,) = guard.log
         records.append(record)
@@ -168,7 +186,7 @@ def test_the_gate_and_the_guard_change_no_weight() -> None:
         config = tiny("network.dropout=0.1")
         parts, data = assemble(config, CPU), draw_data(config.scenes, device=CPU)
         if watched:
-            with attach_guard(parts, config, None) as guard:
+            with watched_run(parts, config) as guard:
                 train_epoch(parts, data.memorised, config, guard, 1)
         else:
             train_epoch(parts, data.memorised, config, Bare(), 1)
@@ -199,7 +217,7 @@ def test_skipped_steps_move_neither_schedule_nor_average() -> None:
     config = tiny(*settings)
     parts, data = assemble(config, CPU), draw_data(config.scenes, device=CPU)
     seen = []
-    with attach_guard(parts, config, None) as guard:
+    with watched_run(parts, config) as guard:
         for _ in range(2):
             before = [parameter.detach().clone() for parameter in parts.model.parameters()]
             training_step(parts, data.memorised, [torch.arange(2)], guard)
@@ -217,7 +235,7 @@ def test_the_gate_keeps_nan_out_of_the_weights() -> None:
     parts, data = assemble(config, CPU), draw_data(config.scenes, device=CPU)
     data.memorised.observed.snapshots[0] = torch.nan
     window = [torch.tensor([0, 1])]
-    with attach_guard(parts, config, None) as guard:
+    with watched_run(parts, config) as guard:
         before = training_fingerprint(parts.model, parts.optimizer, parts.scaler)
         training_step(parts, data.memorised, window, guard)
         assert training_fingerprint(parts.model, parts.optimizer, parts.scaler) == before
