@@ -45,7 +45,7 @@ _SMALLEST = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
+class Measured:
     """``z_l = Psi_l x_l + noise`` of B scenes: sensing ``[B, l, m, N]``, received ``[B, l, m]``."""
 
     sensing: Tensor
@@ -54,15 +54,16 @@ class _Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class _Atoms:
+class Atoms:
     """A atoms a scene: places ``[B, A, 3]`` (as in ``search_grid``) and powers ``[B, A]``."""
 
     places: Tensor
     power: Tensor
 
-    def strongest(self, count: int) -> _Atoms:
+    def strongest(self, count: int) -> Atoms:
+        """Return the ``count`` atoms of most power, or all if there are fewer. Sync: none."""
         power, index = self.power.topk(min(count, self.power.shape[1]), dim=1)
-        return _Atoms(self.places.gather(1, index.unsqueeze(-1).expand(-1, -1, 3)), power)
+        return Atoms(self.places.gather(1, index.unsqueeze(-1).expand(-1, -1, 3)), power)
 
 
 @torch.no_grad()
@@ -96,25 +97,29 @@ def fitted_factor(
 
 
 def _fitted(physics: ScenePhysics, grid: SearchGrid, scenes: Scenes, columns: int) -> Tensor:
-    measured = _measurements(scenes, coherent=physics.symbols == "constant")
+    measured = measurements(scenes, coherent=physics.symbols == "constant")
     atoms = _screened(grid, measured).strongest(COARSE_ATOMS)
-    atoms, _ = _refitted(physics, measured, atoms, COARSE_ROUNDS)
+    atoms, _ = refitted(physics, measured, atoms, COARSE_ROUNDS)
     atoms = _with_neighbours(physics, grid, atoms.strongest(FINE_SEEDS))
-    atoms, vectors = _refitted(physics, measured, atoms, FINE_ROUNDS)
+    atoms, vectors = refitted(physics, measured, atoms, FINE_ROUNDS)
     return principal_factor(vectors * atoms.power.sqrt()[:, None, :], columns=columns)
 
 
-def _measurements(scenes: Scenes, *, coherent: bool) -> _Measured:
+def measurements(scenes: Scenes, *, coherent: bool) -> Measured:
+    """Return what was received of ``scenes``; ``coherent`` when one symbol serves all snapshots.
+
+    Sync: none.
+    """
     sensing = scenes.channel[:, None] * scenes.codes[:, :, None, :]
     noise = torch.pow(10.0, -scenes.snr_db / 10)
     if not coherent:
-        return _Measured(sensing, scenes.snapshots, noise)
+        return Measured(sensing, scenes.snapshots, noise)
     orthonormal, triangular = torch.linalg.qr(sensing.flatten(1, 2))
     received = (orthonormal.mH @ scenes.snapshots.flatten(1).unsqueeze(-1)).squeeze(-1)
-    return _Measured(triangular[:, None], received[:, None], noise)
+    return Measured(triangular[:, None], received[:, None], noise)
 
 
-def _screened(grid: SearchGrid, measured: _Measured) -> _Atoms:
+def _screened(grid: SearchGrid, measured: Measured) -> Atoms:
     """All atoms of the grid, with the powers after one round that starts from equal ones.
 
     No product of sensing matrix and dictionary is formed: it would cost more than all later rounds.
@@ -130,10 +135,10 @@ def _screened(grid: SearchGrid, measured: _Measured) -> _Atoms:
     rows = filtered.reshape(scenes, snapshots * numbers, elements)
     expected = _quadratic_forms(rows.mH @ rows, vectors)
     power = share[:, None] * seen / expected.clamp_min(_SMALLEST)
-    return _Atoms(grid.places.expand(scenes, -1, -1), power)
+    return Atoms(grid.places.expand(scenes, -1, -1), power)
 
 
-def _signal_power(measured: _Measured) -> Tensor:
+def _signal_power(measured: Measured) -> Tensor:
     """Trace ``[B]`` of the covariance of the field that gives the mean power received."""
     received = torch.view_as_real(measured.received).square().sum(dim=(1, 2, 3))
     gain = torch.view_as_real(measured.sensing).square().sum(dim=(1, 2, 3, 4))
@@ -149,10 +154,13 @@ def _quadratic_forms(matrix: Tensor, vectors: Tensor) -> Tensor:
     return (products * torch.view_as_real(vectors)).sum(dim=(1, 3))
 
 
-def _refitted(
-    physics: ScenePhysics, measured: _Measured, atoms: _Atoms, rounds: int
-) -> tuple[_Atoms, Tensor]:
-    """The atoms after some rounds of the fixed point, and their steering vectors ``[B, N, A]``."""
+def refitted(
+    physics: ScenePhysics, measured: Measured, atoms: Atoms, rounds: int
+) -> tuple[Atoms, Tensor]:
+    """Return the atoms after some rounds of the fixed point, and their steering vectors ``[B, N, A]``.
+
+    An atom without power never gets any. Sync: waits for the device (Cholesky).
+    """
     azimuth, elevation, inverse_range = atoms.places.unbind(dim=-1)
     vectors = steering_vectors(physics, azimuth, elevation, 1 / inverse_range).mT
     sensing = measured.sensing
@@ -163,7 +171,7 @@ def _refitted(
     return replace(atoms, power=power), vectors
 
 
-def _power_ratio(measured: _Measured, seen: Tensor, power: Tensor) -> Tensor:
+def _power_ratio(measured: Measured, seen: Tensor, power: Tensor) -> Tensor:
     """Power of each atom in the whitened measurements over what the fit expects of it, ``[B, A]``."""
     filtered, whitened = _whitened(measured, seen * power[:, None, None, :], seen)
     matched = (filtered.mH @ whitened.unsqueeze(-1)).squeeze(-1)
@@ -172,7 +180,7 @@ def _power_ratio(measured: _Measured, seen: Tensor, power: Tensor) -> Tensor:
     return measured_power / expected.clamp_min(_SMALLEST)
 
 
-def _whitened(measured: _Measured, weighted: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _whitened(measured: Measured, weighted: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """``rows`` ``[B, l, m, c]`` and the measurements, after whitening by ``weighted rows^H + noise``."""
     covariance = weighted @ rows.mH
     covariance.diagonal(dim1=-2, dim2=-1).add_(measured.noise[:, None, None])
@@ -182,7 +190,7 @@ def _whitened(measured: _Measured, weighted: Tensor, rows: Tensor) -> tuple[Tens
     return solved[..., :-1], solved[..., -1]
 
 
-def _with_neighbours(physics: ScenePhysics, grid: SearchGrid, atoms: _Atoms) -> _Atoms:
+def _with_neighbours(physics: ScenePhysics, grid: SearchGrid, atoms: Atoms) -> Atoms:
     """Each atom and six neighbours, half a step away along each axis, that share its power."""
     lowest, highest = (bound.to(atoms.places) for bound in place_bounds(physics))
     half_steps = torch.diag(torch.tensor(grid.steps, dtype=atoms.places.dtype) / 2)
@@ -193,4 +201,4 @@ def _with_neighbours(physics: ScenePhysics, grid: SearchGrid, atoms: _Atoms) -> 
     around[..., :2] = around[..., :2].clamp(-1, 1)
     places = torch.clamp(places_from_sines(around).flatten(1, 2), lowest, highest)
     power = (atoms.power / len(offsets)).repeat_interleave(len(offsets), dim=1)
-    return _Atoms(places, power)
+    return Atoms(places, power)
