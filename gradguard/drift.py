@@ -21,7 +21,6 @@ from gradguard.sampling import (
     SAMPLE_BUDGET,
     SAMPLES_PER_TENSOR,
     ParameterSample,
-    group_index,
     sample_quota,
     sample_runs,
     wide_dtype,
@@ -110,9 +109,9 @@ class DriftMeter:
                 f"but there are {len(named)} parameters"
             )
         self._exact = exact
-        device = self._parameters[0].device
-        self._group_of = group_index(self._group_sizes).to(device, non_blocking=True)
-        self._sample = ParameterSample(self._parameters, per_tensor=per_tensor, budget=budget)
+        self._sample = ParameterSample(
+            self._parameters, sections=self._group_sizes, per_tensor=per_tensor, budget=budget
+        )
         self._before: Tensor | list[Tensor] | None = None
         self.layout = DriftLayout(
             names=tuple(name for name, _ in named),
@@ -167,12 +166,11 @@ class DriftMeter:
         layout = self._sample.layout()
         wide = layout.weights.dtype
         runs = (before.to(wide), after.to(wide), layout.weights, layout.error_weights)
-        if not detailed and len(self._group_sizes) == 1:
-            return torch.stack(_whole_sums(*runs))
-        owners = layout.parameters if detailed else self._group_of[layout.parameters]
-        rows = len(self._parameters) if detailed else len(self._group_sizes)
-        sums = torch.zeros(rows, _FIELDS, dtype=wide, device=before.device)
-        return sums.index_add_(0, owners, _summands(*runs)).reshape(-1)
+        if detailed:
+            sums = torch.zeros(len(self._parameters), _FIELDS, dtype=wide, device=before.device)
+            return sums.index_add_(0, layout.parameters, _summands(*runs)).reshape(-1)
+        parts = zip(*(torch.split(run, layout.sections) for run in runs), strict=True)
+        return torch.stack([sum_ for part in parts for sum_ in _whole_sums(*part)])
 
 
 def _whole_sums(

@@ -19,6 +19,11 @@ _FOREACH_DTYPES = {
 }
 """In which dtype the fast path accumulates, by the dtype of the first tensor."""
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+_LARGE = 2**16
+"""From how many values on a dot product is worth a call of its own."""
+
 _FLOAT8 = frozenset(
     {
         torch.float8_e4m3fn,
@@ -69,15 +74,41 @@ def tensor_norms(tensors: Sequence[Tensor], *, order: int = 2) -> Tensor:
     with torch.no_grad():
         if type(first) is Tensor and first.dtype in _FOREACH_DTYPES:
             try:
-                norms = torch._foreach_norm(
-                    list(tensors), order, dtype=_FOREACH_DTYPES[first.dtype]
-                )
-                return torch.stack(norms)
+                return _norms_together(tensors, order, _FOREACH_DTYPES[first.dtype])
             except (NotImplementedError, RuntimeError):
                 # A mixture: sparse or distributed tensors, several devices, float64 among float32.
                 # Asking every tensor first would cost as much as the norms of small ones.
                 return _norms_one_by_one(tensors, order)
         return _norms_one_by_one(tensors, order)
+
+
+def _norms_together(tensors: Sequence[Tensor], order: int, wide: torch.dtype | None) -> Tensor:
+    """Return the norms in one call, but for large float32 tensors on the CPU, which are dot products.
+
+    There a dot product reads memory half as fast again as torch's norm, and is off by 1e-5 instead of
+    3e-4 for ten million values.
+    """
+    large = [i for i, t in enumerate(tensors) if order == 2 and _is_large(t)]
+    if not large:
+        return torch.stack(torch._foreach_norm(list(tensors), order, dtype=wide))
+    chosen = set(large)
+    small = [t for i, t in enumerate(tensors) if i not in chosen]
+    norms = list(torch._foreach_norm(small, order, dtype=wide)) if small else []
+    for index in large:  # in ascending order: each lands where it belongs
+        flat = tensors[index].detach().view(-1)
+        norms.insert(index, torch.dot(flat, flat).sqrt_())
+    return torch.stack(norms)
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return (
+        tensor.numel() >= _LARGE
+        and type(tensor) in _PLAIN
+        and tensor.layout is torch.strided
+        and tensor.dtype is torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+    )
 
 
 def _norms_one_by_one(tensors: Sequence[Tensor], order: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise, repeat
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from gradguard.norms import dense_values
 SAMPLES_PER_TENSOR = 1024
 SAMPLE_BUDGET = 262_144
 _SHORTEST_RUN = 8
+_MANY_RUNS = 8
 _VALUES_PER_RUN = 1024
 _VALUES_PER_SAMPLE = 256
 _LEAST_PER_TENSOR = 64
@@ -40,12 +42,6 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def group_index(sizes: Sequence[int]) -> Tensor:
-    """Return 0 ``sizes[0]`` times, then 1 ``sizes[1]`` times, and so on: int64 on the CPU."""
-    indices = [index for index, size in enumerate(sizes) for _ in range(size)]
-    return torch.tensor(indices, dtype=torch.int64)
-
-
 def sample_runs(tensor: Tensor, quota: int) -> list[Tensor]:
     """Return 1-D views into ``tensor``: all of it if it has at most ``quota`` values, else evenly spaced runs.
 
@@ -63,8 +59,8 @@ def sample_runs(tensor: Tensor, quota: int) -> list[Tensor]:
         return [flat]
     runs = max(2, min(len(flat) // _VALUES_PER_RUN, quota // _SHORTEST_RUN))
     length = quota // runs
-    starts = [index * (len(flat) - length) // (runs - 1) for index in range(runs)]
-    return [flat[start : start + length] for start in starts]
+    gap = (len(flat) - length) // (runs - 1)
+    return [flat[index * gap : index * gap + length] for index in range(runs)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +69,7 @@ class SampleLayout:
 
     Attributes:
         parameters: index of the parameter each sample belongs to, int64.
+        sections: how many samples each section holds, in order.
         weights: how many values each sample stands for.
         error_weights: factor of its fourth power in the sampling variance of a sum of squares:
             Horvitz-Thompson's with the second moment in place of the variance, as if the values of one
@@ -80,6 +77,7 @@ class SampleLayout:
     """
 
     parameters: Tensor
+    sections: list[int]
     weights: Tensor
     error_weights: Tensor
 
@@ -87,20 +85,28 @@ class SampleLayout:
 class ParameterSample:
     """Fixed positions in a list of parameters, read with one concatenation.
 
+    Args:
+        parameters: what is sampled.
+        sections: numbers of consecutive parameters whose samples lie together.
+        per_tensor: samples per parameter at most; budget: samples in all, about.
+
     Large tables (1,024 rows and more) get a few extra positions where the gradient is largest: an
     embedding that updates a handful of rows would otherwise look as if it stood still.
 
     Memory: the sampled values (at most ``per_tensor`` a tensor and about ``budget`` in all).
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, per_tensor: int, budget: int) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], *, sections: Sequence[int], per_tensor: int, budget: int
+    ) -> None:
         self._parameters = tuple(parameters)
         count = len(self._parameters)
         self._runs = [
             sample_runs(p, sample_quota(p.numel(), count, per_tensor=per_tensor, budget=budget))
             for p in self._parameters
         ]
-        self._views = [run for runs in self._runs for run in runs]
+        edges = list(accumulate(sections, initial=0))
+        self._sections = [_Section(self._runs, range(a, b)) for a, b in pairwise(edges)]
         self._rows: dict[int, Tensor] = {}
         self._layouts: dict[tuple[tuple[int, int], ...], SampleLayout] = {}
         self.counts = [sum(run.numel() for run in runs) for runs in self._runs]
@@ -118,13 +124,14 @@ class ParameterSample:
 
     def take(self) -> Tensor:
         """Return a copy of the sampled values, 1-D. Sync: none."""
-        if not self._rows:
-            return torch.cat(self._views)
         pieces: list[Tensor] = []
-        for index, runs in enumerate(self._runs):
-            pieces += runs
-            if index in self._rows:
-                pieces.append(_table_rows(self._parameters[index], self._rows[index]))
+        for section in self._sections:
+            pieces += section.pieces()
+            pieces += [
+                _table_rows(self._parameters[index], rows)
+                for index, rows in self._rows.items()
+                if index in section.members
+            ]
         return torch.cat(pieces)
 
     def layout(self) -> SampleLayout:
@@ -135,28 +142,84 @@ class ParameterSample:
         return self._layouts[key]
 
     def _new_layout(self) -> SampleLayout:
-        device = self._views[0].device
+        device = self._parameters[0].device
         wide = wide_dtype(device)
-        sizes: list[int] = []
-        weights: list[Tensor] = []
-        lengths: list[Tensor] = []
-        for index, runs in enumerate(self._runs):
-            extra = self._table_samples(index)
-            weight = self.totals[index] / max(1, self.counts[index])
-            weights += [torch.full((self.counts[index],), weight, dtype=wide), torch.ones(extra)]
-            lengths += [torch.full((run.numel(),), float(run.numel())) for run in runs]
-            lengths.append(torch.zeros(extra))
-            sizes.append(self.counts[index] + extra)
-        every = torch.cat(weights).to(device, wide, non_blocking=True)
-        run_lengths = torch.cat(lengths).to(device, wide, non_blocking=True)
-        owners = group_index(sizes).to(device, non_blocking=True)
-        return SampleLayout(owners, every, run_lengths * (every - 1) * every)
+        parts: list[tuple[int, int, float, float]] = []  # parameter, samples, weight, run length
+        counts = []
+        for section in self._sections:
+            before = len(parts)
+            for index in section.order:
+                weight = self.totals[index] / max(1, self.counts[index])
+                parts += [(index, len(run), weight, len(run)) for run in self._runs[index]]
+            extra = [index for index in self._rows if index in section.members]
+            parts += [(index, self._table_samples(index), 1.0, 0.0) for index in extra]
+            counts.append(sum(part[1] for part in parts[before:]))
+        owners, sizes, weights, lengths = zip(*parts, strict=True)
+        every = _repeated(weights, sizes, wide).to(device, non_blocking=True)
+        run_lengths = _repeated(lengths, sizes, wide).to(device, non_blocking=True)
+        return SampleLayout(
+            parameters=_repeated(owners, sizes, torch.int64).to(device, non_blocking=True),
+            sections=counts,
+            weights=every,
+            error_weights=run_lengths * (every - 1) * every,
+        )
 
     def _table_samples(self, index: int) -> int:
         if index not in self._rows:
             return 0
         columns = min(_TABLE_COLUMNS, self._parameters[index][0].numel())
         return len(self._rows[index]) * columns
+
+
+def _repeated(values: Sequence[float], counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return every value as often as its count says, on the CPU. Sync: none."""
+    pairs = zip(values, counts, strict=True)
+    listed = list(chain.from_iterable(repeat(value, count) for value, count in pairs))
+    return torch.tensor(listed, dtype=dtype)
+
+
+class _Section:
+    """The samples of some consecutive parameters: those with many runs first, as blocks of equal runs.
+
+    A block is one strided view of a tensor; torch copies it in one go where it would copy a hundred runs one
+    by one. That pays on the CPU; elsewhere one concatenation of all runs is one kernel.
+    """
+
+    def __init__(self, runs: Sequence[list[Tensor]], members: range) -> None:
+        self.members = members
+        first = next((runs[index][0] for index in members), None)
+        many = [index for index in members if _is_block(runs[index], first)]
+        few = [index for index in members if index not in set(many)]
+        self.order = (*many, *few)
+        self._blocks = [_block(runs[index]) for index in many]
+        self._views = [run for index in few for run in runs[index]]
+
+    def pieces(self) -> list[Tensor]:
+        """Return the values of the blocks, copied, and views of all others. Sync: none."""
+        if not self._blocks:
+            return self._views
+        sizes = [block.numel() for block in self._blocks]
+        copied = torch.empty(sum(sizes), dtype=self._blocks[0].dtype)
+        targets = [
+            part.view_as(block)
+            for part, block in zip(torch.split(copied, sizes), self._blocks, strict=True)
+        ]
+        torch._foreach_copy_(targets, self._blocks)
+        return [copied, *self._views]
+
+
+def _is_block(runs: list[Tensor], first: Tensor | None) -> bool:
+    """Whether there are many runs, on the CPU and of the dtype of the section's first one."""
+    one = runs[0]
+    alike = first is not None and one.dtype is first.dtype
+    return len(runs) >= _MANY_RUNS and alike and one.device.type == "cpu"
+
+
+def _block(runs: list[Tensor]) -> Tensor:
+    """Return evenly spaced runs of one tensor as a view (runs, values)."""
+    first, second = runs[0], runs[1]
+    gap = second.storage_offset() - first.storage_offset()
+    return first.as_strided((len(runs), len(first)), (gap, 1))
 
 
 def _is_table(parameter: Tensor, seen: int) -> bool:
@@ -174,11 +237,16 @@ def _largest_rows(gradient: Tensor | None) -> Tensor | None:
     if gradient is None or gradient.numel() == 0:
         return None
     if gradient.layout is torch.sparse_coo:
-        rows = gradient._indices()[0, :_TABLE_ROWS]  # noqa: SLF001 (indices() would coalesce)
+        rows = gradient._indices()[0, :_TABLE_ROWS]
         return rows.clone() if len(rows) else None
     if gradient.layout is not torch.strided:
         return None
-    return gradient.detach().flatten(1)[:, 0].abs().topk(_TABLE_ROWS).indices
+    first = gradient.detach().flatten(1)[:, 0].abs()
+    # The largest of each eighth: a search for the eight largest of all takes several times as long.
+    step = len(first) // _TABLE_ROWS
+    eighths = first.unfold(0, len(first) - (_TABLE_ROWS - 1) * step, step)
+    starts = torch.arange(_TABLE_ROWS, device=first.device) * step
+    return eighths.argmax(1) + starts
 
 
 def _table_rows(parameter: Tensor, rows: Tensor) -> Tensor:

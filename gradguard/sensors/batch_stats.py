@@ -10,7 +10,7 @@ from gradguard.sampling import wide_dtype
 ROWS = 64
 """How many rows of a batch get a fingerprint."""
 
-_VALUES_PER_ROW = 512
+_VALUES_PER_ROW = 128
 _FEATURES = 256
 _SHIFTS = (-1, 0, 1, 2)
 IGNORED = -100
@@ -20,7 +20,7 @@ IGNORED = -100
 def row_fingerprints(tensor: Tensor) -> Tensor | None:
     """Return one number for each of the first 64 rows, equal for equal rows; None without rows.
 
-    A fixed sum of up to 512 of its values: rows that differ elsewhere only look equal.
+    A fixed sum of up to 128 of its values: rows that differ elsewhere only look equal.
     """
     if not is_readable(tensor) or tensor.dim() == 0 or tensor.device.type == "mps":
         return None  # without float64 different rows would look equal
@@ -82,7 +82,7 @@ def is_readable(tensor: Tensor) -> bool:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Return up to 64 rows with up to 512 evenly spaced values each, in wide precision."""
+    """Return up to 64 rows with up to 128 evenly spaced values each, in wide precision."""
     values = tensor.detach()
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())

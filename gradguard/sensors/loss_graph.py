@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,7 +106,13 @@ def _body(root: Node) -> tuple[int, int]:
 
 def plain_name(node: Node) -> str:
     """Return the operation's name without "Backward" and its number."""
-    return re.sub(r"Backward\w*$", "", node.name().rpartition("::")[2])
+    return _plain(node.name())
+
+
+@lru_cache(maxsize=1024)
+def _plain(name: str) -> str:
+    """Do so once for each of the few names that a graph repeats thousands of times."""
+    return re.sub(r"Backward\w*$", "", name.rpartition("::")[2])
 
 
 def _described(node: Node, depth: int) -> GraphNode:

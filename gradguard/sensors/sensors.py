@@ -161,12 +161,14 @@ class Sensors:
         self._protect("batches", lambda: self._batches.compared(targets))
 
     def observed(self, values: Mapping[str, object]) -> None:
-        """Read the graph of every observed loss, once per detailed step."""
+        """Read the graph of every observed loss, once per detailed step; those of its terms at first only."""
         if not self._clock.is_detailed():
             return
-        step = self._clock.attempts()
+        step, early = self._clock.attempts(), self._clock.rounds() < _EARLY_STEPS
         for name, value in values.items():
-            if isinstance(value, Tensor) and name != "gradient_norm":
+            # The terms hang on the same graph as the loss: a walk for each of them is for the beginning.
+            wanted = name != "gradient_norm" and (early or not name.startswith("term:"))
+            if isinstance(value, Tensor) and wanted:
                 self._protect("losses", partial(self._read_loss, name, value, step))
 
     def _read_loss(self, name: str, value: Tensor, step: int) -> None:

@@ -46,6 +46,23 @@ def test_norms_agree_with_python_arithmetic(kinds, seed):
     assert float(gg.global_norm(tensors)) == pytest.approx(math.hypot(*expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_large_tensors_keep_their_place_and_their_accuracy(place):
+    """A million values beside small ones: norms are in the order given, and within 1e-5 of float64's."""
+    tensors = [torch.randn(7), torch.randn(3, 5)]
+    tensors.insert(place, torch.randn(1000, 1000) + 0.5)
+    expected = [float(torch.linalg.vector_norm(t.double())) for t in tensors]
+    assert gg.tensor_norms(tensors).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_bad_entry_among_a_million_is_seen(value):
+    """NaN and Inf make the norm of a large tensor non-finite, too."""
+    tensor = torch.ones(1000, 1000)
+    tensor[123, 456] = value
+    assert not gg.tensor_norms([tensor]).isfinite().any()
+
+
 def test_half_precision_norms_do_not_overflow():
     """600,000 entries of 100 in fp16 have norm 77,460, beyond what fp16 can hold."""
     norm = gg.tensor_norms([torch.full((600_000,), 100.0, dtype=torch.float16)])

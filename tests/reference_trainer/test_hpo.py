@@ -17,7 +17,7 @@ import torch
 from optuna.trial import TrialState
 
 import gradguard as gg
-import reference_trainer.train as training
+from reference_trainer import session
 from reference_trainer.data import draw_data
 from reference_trainer.evaluation import evaluate
 from reference_trainer.reporting import SilentView
@@ -31,7 +31,7 @@ from reference_trainer.search.storage import default_storage, opened
 from reference_trainer.search.study import WORKER
 from reference_trainer.settings import preset, with_overrides
 from reference_trainer.setup import assemble
-from reference_trainer.train import train
+from reference_trainer.train import clip_gradients, train
 from tests.reference_trainer.searches import EPOCHS, TINY, plan_in
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def test_scenes_full_of_nan_break_a_trial(tmp_path: Path, monkeypatch: pytest.Mo
         data.memorised.observed.snapshots.fill_(torch.nan)
         return data
 
-    monkeypatch.setattr(training, "draw_data", poisoned)
+    monkeypatch.setattr(session, "draw_data", poisoned)
     settings = ("optimization.batch_scenes=1", "guard.lag=1", "scenes.train=11")
     plan = plan_in(tmp_path, *settings, n_trials=1)
     (trial,) = search(plan)
@@ -244,7 +244,7 @@ def test_a_run_that_is_pruned_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) ->
             if result.epoch == 1:
                 raise optuna.TrialPruned("enough")
 
-    monkeypatch.setattr(training, "assemble", keep)
+    monkeypatch.setattr(session, "assemble", keep)
     with pytest.raises(optuna.TrialPruned, match="enough"):
         train(tiny(), view=Pruning())
     (parts,) = kept
@@ -267,7 +267,7 @@ def test_no_searched_setting_is_dead() -> None:
         parts = assemble(tiny("optimization.epochs=3", *settings), CPU)
         for _ in range(3):
             parts.objective(parts.model, data.memorised).loss.backward()
-            training.clip_gradients(parts.model.parameters(), parts.clip_norm)
+            clip_gradients(parts.model.parameters(), parts.clip_norm)
             parts.optimizer.step()
             parts.optimizer.zero_grad()
             parts.schedule.step()
