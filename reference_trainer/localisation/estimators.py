@@ -12,6 +12,8 @@ from reference_trainer.residual_search import GridShape
 from reference_trainer.sample_covariance import fitted_factor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from reference_trainer.localisation.counting import CounterKey
@@ -51,8 +53,29 @@ class Estimator:
     locate: Locate
 
 
-def estimators(model: CovarianceNetwork, *, share: float) -> tuple[Estimator, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refinement:
+    """An estimator that goes on from the positions of another.
+
+    Attributes:
+        key: its name in reports.
+        title: its name for readers.
+        start: key of the estimator it goes on from, which must be run before.
+        counted_by: as for that one.
+        refine: returns better positions of the same number of sources.
+    """
+
+    key: str
+    title: str
+    start: str
+    counted_by: CounterKey | None
+    refine: Callable[[ScenePhysics, Scenes, Positions], Positions]
+
+
+def estimators(model: CovarianceNetwork, *, share: float) -> tuple[Estimator | Refinement, ...]:
     """Return every estimator: from scratch, from the network, from sample covariances, from the truth.
+
+    Each key occurs once, and what a refinement starts from stands before it.
 
     Args:
         model: in evaluation mode, on the device of the scenes.
@@ -84,27 +107,30 @@ def _from_snapshots() -> tuple[Estimator, ...]:
     )
 
 
-def _from_network(model: CovarianceNetwork, share: float) -> tuple[Estimator, ...]:
-    def hybrid(physics: ScenePhysics, scenes: Scenes, num_sources: Tensor, /) -> Positions:
-        return hybrid_positions(model, physics, scenes, num_sources, share=share)
-
-    def refined(physics: ScenePhysics, scenes: Scenes, num_sources: Tensor, /) -> Positions:
-        start = hybrid(physics, scenes, num_sources)
-        return refine(physics, scenes, start).positions
-
-    def alone(physics: ScenePhysics, scenes: Scenes, num_sources: Tensor, /) -> Positions:
-        return music(physics, seen_by(model, scenes).factor, num_sources)
-
+def _from_network(model: CovarianceNetwork, share: float) -> tuple[Estimator | Refinement, ...]:
     return (
-        Estimator(key="ml_network", title="network-started ML", counted_by="head", locate=refined),
         Estimator(
-            key="network_music", title="network + MUSIC (hybrid)", counted_by="head", locate=hybrid
+            key="network_music",
+            title="network + MUSIC (hybrid)",
+            counted_by="head",
+            locate=lambda physics, scenes, count: hybrid_positions(
+                model, physics, scenes, count, share=share
+            ),
+        ),
+        Refinement(
+            key="ml_network",
+            title="network-started ML",
+            start="network_music",
+            counted_by="head",
+            refine=lambda physics, scenes, start: refine(physics, scenes, start).positions,
         ),
         Estimator(
             key="network_alone_music",
             title="network alone + MUSIC",
             counted_by="head",
-            locate=alone,
+            locate=lambda physics, scenes, count: music(
+                physics, seen_by(model, scenes).factor, count
+            ),
         ),
     )
 

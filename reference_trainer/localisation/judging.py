@@ -1,24 +1,23 @@
-"""Runs every estimator and every way to count on the same scenes, and times them."""
+"""Runs every estimator and every way to count on the same scenes, and puts the report together."""
 
 from __future__ import annotations
 
 import platform
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
+from reference_trainer.localisation.bench import Bench, Run
 from reference_trainer.localisation.breakdown import counts_of, errors_of
-from reference_trainer.localisation.counting import Counter, counters
+from reference_trainer.localisation.counting import counters
 from reference_trainer.localisation.covariances import covariance_report, factors, ranks
 from reference_trainer.localisation.estimators import Estimator, estimators
 from reference_trainer.localisation.report import (
     SCHEMA_VERSION,
     Conditions,
-    Cost,
     CounterReport,
     CovarianceReport,
     EstimatorReport,
@@ -26,22 +25,17 @@ from reference_trainer.localisation.report import (
     Report,
 )
 from reference_trainer.localisation.subject import HeldOut, Subject, draw_held_out
-from reference_trainer.positions import Positions, concatenated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
+    from reference_trainer.localisation.bench import Told
+    from reference_trainer.localisation.estimators import Refinement
     from reference_trainer.localisation.plan import Plan
-    from reference_trainer.scenes import Scenes
 
-    Told = Callable[[str, int, int], None]
-
-BATCH_SCENES = 200
-"""Scenes between two reports of progress; more would not be faster."""
-
-_Part = TypeVar("_Part")
+_LIBRARIES = ("gradguard", "torch", "numpy", "scipy")
 
 
 @torch.no_grad()
@@ -77,7 +71,7 @@ def _threads(number: int) -> Iterator[None]:
 
 def _conditions(plan: Plan) -> Conditions:
     versions = {"python": platform.python_version()}
-    for name in ("gradguard", "torch", "numpy", "scipy"):
+    for name in _LIBRARIES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:  # run from a source tree that is not installed
@@ -105,122 +99,81 @@ def _judged(subject: Subject, plan: Plan, told: Told) -> NetworkReport:
         count=plan.scenes,
         told=lambda done, total: announced("comparing with training scenes", done, total),
     )
-    bench = _Bench(subject, plan, held_out, held_out.scenes.to(plan.device), announced)
-    counts = {one.key: bench.counted(one) for one in counters(subject.network)}
-    network_wall_s = counts["head"][1].cost.wall_s * plan.scenes
-    rows: list[EstimatorReport] = []
-    for one in estimators(subject.network, share=plan.share):
-        start = time.perf_counter()
-        rows.append(bench.estimated(one, counts[one.counted_by][0] if one.counted_by else None))
-        if one.counted_by == "head":
-            network_wall_s += time.perf_counter() - start
+    scenes = held_out.scenes.to(plan.device)
+    bench = Bench(physics=subject.physics, scenes=scenes, told=announced)
+    counts, counter_reports = _all_counts(bench, subject, plan, held_out)
+    rows, network_wall_s = _all_rows(bench, subject, plan, held_out, counts)
+    head = next(report for report in counter_reports if report.key == "head")
     return NetworkReport(
         symbols=subject.physics.symbols,
         origin=subject.origin,
         disjoint=held_out.disjoint,
-        network_paths_wall_s=network_wall_s,
-        estimators=tuple(rows),
-        counters=tuple(report for _, report in counts.values()),
-        covariances=bench.covariances(),
+        network_paths_wall_s=network_wall_s + head.cost.wall_s * head.cost.scenes,
+        estimators=rows,
+        counters=counter_reports,
+        covariances=_covariances(bench, subject, plan),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Bench:
-    """Everything that is run on one set of scenes, which ``scenes`` holds on the device."""
-
-    subject: Subject
-    plan: Plan
-    held_out: HeldOut
-    scenes: Scenes
-    told: Told
-
-    def counted(self, counter: Counter) -> tuple[Tensor, CounterReport]:
-        """Count the sources of all scenes, or of the subset."""
-        parts, cost = self._timed(
-            f"counting by {counter.title}",
-            lambda rows: counter.count(self.subject.physics, self.scenes.select(rows)).cpu(),
-            self._scenes_for(slow=counter.slow),
+def _all_counts(
+    bench: Bench, subject: Subject, plan: Plan, held_out: HeldOut
+) -> tuple[dict[str, Tensor], tuple[CounterReport, ...]]:
+    """Count in every way; return the counts by key, and what they are worth."""
+    found: dict[str, Tensor] = {}
+    reports = []
+    for counter in counters(subject.network):
+        number = plan.subset if counter.slow else plan.scenes
+        found[counter.key], cost = bench.count(counter, number)
+        whole = counts_of(found[counter.key], held_out) if number == plan.scenes else None
+        reports.append(
+            CounterReport(
+                key=counter.key,
+                title=counter.title,
+                cost=cost,
+                all=whole,
+                subset=counts_of(found[counter.key][: plan.subset], held_out),
+            )
         )
-        counts, subset = torch.cat(parts), self.plan.subset
-        whole = counts_of(counts, self.held_out) if len(counts) == self.plan.scenes else None
-        return counts, CounterReport(
-            key=counter.key,
-            title=counter.title,
-            cost=cost,
-            all=whole,
-            subset=counts_of(counts[:subset], self.held_out),
-        )
+    return found, tuple(reports)
 
-    def estimated(self, estimator: Estimator, counts: Tensor | None) -> EstimatorReport:
-        """Run an estimator with the true number of sources, then with ``counts`` where they differ."""
-        number = self._scenes_for(slow=estimator.slow)
-        true = self.held_out.scenes.num_sources[:number]
-        parts, cost = self._timed(
-            estimator.title, lambda rows: self._located(estimator, rows, true[rows]), number
-        )
-        known, subset = concatenated(parts), self.plan.subset
-        guessed = None
-        if counts is not None:
-            recounted = self._recounted(estimator, known, counts[:number])
-            guessed = errors_of(recounted, self.held_out, subset=subset)
-        return EstimatorReport(
-            key=estimator.key,
-            title=estimator.title,
-            counted_by=estimator.counted_by,
-            cost=cost,
-            known=errors_of(known, self.held_out, subset=subset),
-            estimated=guessed,
-        )
 
-    def covariances(self) -> tuple[CovarianceReport, ...]:
-        """Return what the ranks of the four covariances are worth."""
-        reports = []
-        for key, factor in factors(self.subject.network, share=self.plan.share).items():
-            parts = []
-            for rows in self._batches(f"rank of the {key} covariance", self.plan.scenes):
-                scenes = self.scenes.select(rows)
-                parts.append(ranks(factor(self.subject.physics, scenes), scenes))
-            reports.append(covariance_report(key, parts, self.held_out.scenes.num_sources))
-        return tuple(reports)
+def _all_rows(
+    bench: Bench, subject: Subject, plan: Plan, held_out: HeldOut, counts: dict[str, Tensor]
+) -> tuple[tuple[EstimatorReport, ...], float]:
+    """Run every estimator; return what they reach, and the seconds of those that use the network."""
+    runs: dict[str, Run] = {}
+    rows, network_wall_s = [], 0.0
+    for one in estimators(subject.network, share=plan.share):
+        start = time.perf_counter()
+        guessed = None if one.counted_by is None else counts[one.counted_by]
+        if isinstance(one, Estimator):
+            runs[one.key] = bench.locate(one, plan.subset if one.slow else plan.scenes, guessed)
+        else:
+            runs[one.key] = bench.refine(one, runs[one.start], guessed)
+        if one.counted_by == "head":
+            network_wall_s += time.perf_counter() - start
+        rows.append(_row(one, runs[one.key], held_out, plan))
+    return tuple(rows), network_wall_s
 
-    def _scenes_for(self, *, slow: bool) -> int:
-        return self.plan.subset if slow else self.plan.scenes
 
-    def _located(
-        self, estimator: Estimator, rows: slice | Tensor, num_sources: Tensor
-    ) -> Positions:
-        """Positions on the CPU."""
-        device = self.plan.device
-        chosen = rows.to(device) if isinstance(rows, torch.Tensor) else rows
-        scenes = self.scenes.select(chosen)
-        return estimator.locate(self.subject.physics, scenes, num_sources.to(device)).to("cpu")
+def _row(one: Estimator | Refinement, run: Run, held_out: HeldOut, plan: Plan) -> EstimatorReport:
+    counted = run.counted
+    return EstimatorReport(
+        key=one.key,
+        title=one.title,
+        counted_by=one.counted_by,
+        cost=run.cost,
+        known=errors_of(run.known, held_out, subset=plan.subset),
+        estimated=None if counted is None else errors_of(counted, held_out, subset=plan.subset),
+    )
 
-    def _recounted(self, estimator: Estimator, known: Positions, counts: Tensor) -> Positions:
-        """Positions of ``counts`` sources; scenes are independent, so only new counts are run."""
-        other = (counts != known.num_sources).nonzero().squeeze(-1)
-        found = known.select(torch.arange(len(known)))
-        for rows in self._batches(f"{estimator.title}, sources counted", len(other)):
-            again = self._located(estimator, other[rows], counts[other[rows]])
-            for name in ("azimuth_rad", "elevation_rad", "range_m", "active"):
-                getattr(found, name)[other[rows]] = getattr(again, name)
-        return found
 
-    def _batches(self, what: str, count: int) -> Iterator[slice]:
-        for start in range(0, count, BATCH_SCENES):
-            self.told(what, start, count)
-            yield slice(start, min(start + BATCH_SCENES, count))
-        self.told(what, count, count)
-
-    def _timed(
-        self, what: str, work: Callable[[slice], _Part], count: int
-    ) -> tuple[list[_Part], Cost]:
-        """Run ``work`` on batches of the first ``count`` scenes, once untimed on two of them."""
-        work(slice(0, 2))  # grids are laid out and remembered, libraries wake up
-        parts, wall_s, processor_s = [], 0.0, 0.0
-        for rows in self._batches(what, count):
-            wall, processor = time.perf_counter(), time.process_time()
-            parts.append(work(rows))
-            wall_s += time.perf_counter() - wall
-            processor_s += time.process_time() - processor
-        return parts, Cost(wall_s=wall_s / count, processor_s=processor_s / count, scenes=count)
+def _covariances(bench: Bench, subject: Subject, plan: Plan) -> tuple[CovarianceReport, ...]:
+    reports = []
+    for key, factor in factors(subject.network, share=plan.share).items():
+        parts = []
+        for rows in bench.batches(f"rank of the {key} covariance", plan.scenes):
+            scenes = bench.scenes.select(rows)
+            parts.append(ranks(factor(subject.physics, scenes), scenes))
+        reports.append(covariance_report(key, parts, bench.scenes.num_sources.cpu()))
+    return tuple(reports)
