@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
+from reference_trainer.config import Device
 from reference_trainer.errors import ConfigError
 from reference_trainer.localisation.hybrid import SAMPLE_SHARE
 from reference_trainer.scenes import Split
+from reference_trainer.setup import pick_device
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +56,34 @@ class Plan:
                 f"judging networks: the share of the sample covariance is {self.share}; expected 0 "
                 "to less than 1"
             )
-        if self.split not in get_args(Split) or self.seed < 0:
-            raise ConfigError(
-                f"judging networks: split {self.split!r} and seed {self.seed}; expected one of "
-                f"{', '.join(get_args(Split))} and 0 or more"
-            )
+        if self.seed < 0:
+            raise ConfigError(f"judging networks: the seed is {self.seed}; expected 0 or more")
+
+
+def split_of(name: str) -> Split:
+    """Return the split called ``name``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for known in get_args(Split):
+        if name == known:
+            split: Split = known
+            return split
+    raise ConfigError(
+        f"judging networks: the split is {name!r}; expected {' or '.join(get_args(Split))}"
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device called ``name``: cpu, cuda, or the better one for auto.
+
+    Raises:
+        ConfigError: there is none of that name, or not here.
+    """
+    for known in get_args(Device):
+        if name == known:
+            return pick_device(known)
+    raise ConfigError(
+        f"judging networks: the device is {name!r}; expected {' or '.join(get_args(Device))}"
+    )

@@ -233,7 +233,7 @@ _ADAPTER = TypeAdapter(Report)
 
 def as_json(report: Report) -> str:
     """Return a report as JSON that :func:`from_json` reads back; numbers not finite become null."""
-    return _ADAPTER.dump_json(report, indent=2).decode("utf-8") + "\n"
+    return _ADAPTER.dump_json(report, indent=1).decode("utf-8") + "\n"
 
 
 def from_json(text: str) -> Report:
