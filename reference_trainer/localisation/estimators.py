@@ -139,7 +139,7 @@ def _from_covariances() -> tuple[Estimator, ...]:
     return (
         Estimator(
             key="fitted_music",
-            title="MUSIC, fitted sample covariance",
+            title="MUSIC, fitted covariance",
             counted_by="mdl",
             locate=lambda physics, scenes, count: music(
                 physics, fitted_factor(physics, scenes), count
@@ -147,13 +147,13 @@ def _from_covariances() -> tuple[Estimator, ...]:
         ),
         Estimator(
             key="field_music",
-            title="MUSIC, sample covariance of the field estimate",
+            title="MUSIC, field estimate",
             counted_by="mdl",
             locate=lambda physics, scenes, count: music(physics, scenes.estimate, count),
         ),
         Estimator(
             key="true_music",
-            title="MUSIC, true covariance (a check)",
+            title="MUSIC, true covariance",
             counted_by=None,
             locate=lambda physics, scenes, count: music(physics, scenes.true_factor, count),
         ),

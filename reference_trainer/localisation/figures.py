@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from reference_trainer.errors import DataError
-from reference_trainer.localisation.tables import measured
+from reference_trainer.localisation.cells import measured
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from reference_trainer.metrics import SnrBin
     from reference_trainer.positions import Positions
 
+_COORDINATES = ("azimuth_deg", "elevation_deg", "range_m")
 _MARKERS = ("x", "+", "1")
 _SMALLEST_SHARE = 1e-7  # an eigenvalue of 0 has no place on a logarithmic axis
 
@@ -61,15 +62,15 @@ def _save(figure: Figure, path: Path) -> None:
 
 def error_by_snr(network: NetworkReport) -> Figure:
     """Return median errors against SNR, one line an estimator, beside the bound."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    for axes, coordinate in zip(figure.subplots(1, 2), ("azimuth_deg", "range_m"), strict=True):
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    for axes, coordinate in zip(figure.subplots(1, 3), _COORDINATES, strict=True):
         whole = None
         for one in network.estimators:
             if one.key == "true_music":  # its error is 0 but for rounding
                 continue
             bins = measured(one.known).by_snr
             whole = one.known.all.by_snr if whole is None and one.known.all else whole
-            _line(axes, bins, coordinate, "median", label=one.title, marker="o")
+            _line(axes, bins, coordinate, "median", label=one.title, marker=".")
         bins = whole or network.estimators[0].known.subset.by_snr
         _line(axes, bins, coordinate, "median_bound", label="bound", color="black", linestyle="--")
         axes.set(yscale="log", xlabel="SNR (dB)", ylabel=_label(coordinate))

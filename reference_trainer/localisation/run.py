@@ -10,9 +10,14 @@ from rich.console import Console
 from reference_trainer.errors import ConfigError, DataError
 from reference_trainer.localisation.example import example_of
 from reference_trainer.localisation.judging import judge
-from reference_trainer.localisation.report import write_report
+from reference_trainer.localisation.report_file import write_report
 from reference_trainer.localisation.subject import checkpoint_in, load_subject
-from reference_trainer.localisation.terminal import counts_table, errors_table, progress_on
+from reference_trainer.localisation.terminal import (
+    counts_table,
+    errors_table,
+    estimated_table,
+    progress_on,
+)
 from reference_trainer.restore import evaluate_checkpoint
 from reference_trainer.terminal import TerminalView
 
@@ -64,7 +69,7 @@ def evaluate_runs(
     with progress_on(console) as told:
         report = judge(subjects, plan, told=told)
     for network in report.networks:
-        console.print(errors_table(network), counts_table(network))
+        console.print(errors_table(network), estimated_table(network), counts_table(network))
         _say(console, f"not trained on: {network.disjoint.reason}")
     if json_file is not None:
         write_report(json_file, report)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from reference_trainer.localisation.cells import (
+    DASH,
+    bound_rows,
+    bounds,
+    measured,
+    medians,
+    number,
+    percent,
+    table,
+)
 from reference_trainer.localisation.report import HIGH_SNR_DB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable
 
     from reference_trainer.localisation.report import (
         Breakdown,
@@ -22,7 +32,6 @@ if TYPE_CHECKING:
     )
     from reference_trainer.metrics import CountSummary, ErrorSummary
 
-DASH = "-"
 _ERROR_COLUMNS = (
     "scenes",
     "median azimuth, elevation (deg), range (m)",
@@ -38,39 +47,6 @@ def markdown_tables(report: Report) -> str:
     """Return every table of a report, a section for each network."""
     sections = [_section(network, report.conditions) for network in report.networks]
     return "\n".join(sections)
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Return a number in short, or a dash where nothing was measured."""
-    return DASH if value is None else f"{value:.{digits}f}"
-
-
-def percent(value: float | None) -> str:
-    """Return a share in percent, or a dash."""
-    return DASH if value is None else f"{100 * value:.0f} %"
-
-
-def medians(summary: ErrorSummary) -> str:
-    """Return the median errors of azimuth, elevation and range."""
-    coordinates = (summary.azimuth_deg, summary.elevation_deg, summary.range_m)
-    return ", ".join(number(coordinate.median) for coordinate in coordinates)
-
-
-def bounds(summary: ErrorSummary) -> str:
-    """Return the medians of the bound of azimuth, elevation and range."""
-    coordinates = (summary.azimuth_deg, summary.elevation_deg, summary.range_m)
-    return ", ".join(number(coordinate.median_bound) for coordinate in coordinates)
-
-
-def measured(errors: Errors) -> Breakdown:
-    """Return the errors on all scenes, or on the subset where there are no others."""
-    return errors.subset if errors.all is None else errors.all
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _section(network: NetworkReport, conditions: Conditions) -> str:
@@ -105,12 +81,12 @@ def _introduction(network: NetworkReport, conditions: Conditions) -> str:
         f"network seed {origin.config['network']['seed']}, weights {origin.weights[:12]}. "
         f"The scenes: the first {conditions.scenes} of split {conditions.split}, seed "
         f"{conditions.seed}; slow estimators run on the first {conditions.subset} of them. "
-        f"{disjoint.reason[:1].upper()}{disjoint.reason[1:]}; {disjoint.watched} of them were watched "
-        f"while it trained. Share of the fitted covariance in the hybrid: "
+        f"{disjoint.reason[:1].upper()}{disjoint.reason[1:]}; the run was judged on {disjoint.watched} "
+        f"of these scenes while it trained. Share of the fitted covariance in the hybrid: "
         f"{conditions.sample_share:g}. Device {conditions.device}, torch threads "
         f"{conditions.threads}; {libraries}. "
-        "Error / bound is the median of error over bound of azimuth, elevation and range: 0.67 for an "
-        f"efficient estimator. {DASH}: not measured.\n"
+        "The bound is the median of its root. Error / bound is the median of error over bound of "
+        f"azimuth, elevation and range: 0.67 for an efficient estimator. {DASH}: not measured.\n"
     )
 
 
@@ -143,20 +119,10 @@ def _errors(
         if errors is not None:
             title = f"{one.title}, {one.counted_by}" if counted else one.title
             rows.append([title, *_error_cells(summary_of(measured(errors)))])
-    for title, part in _bound_rows(network):
+    for title, part in bound_rows(network):
         summary = summary_of(part)
-        rows.append([title, str(summary.scenes), bounds(summary), *[DASH] * 5])
+        rows.append([title, str(summary.scenes), ", ".join(bounds(summary)), *[DASH] * 5])
     return table(["estimator", *_ERROR_COLUMNS], rows)
-
-
-def _bound_rows(network: NetworkReport) -> Iterator[tuple[str, Breakdown]]:
-    """The bound on all scenes, and on the subset where that is another set."""
-    whole = next((one.known.all for one in network.estimators if one.known.all is not None), None)
-    subset = network.estimators[0].known.subset
-    if whole is not None:
-        yield "bound (median of its root)", whole
-    if whole is None or whole.overall.scenes != subset.overall.scenes:
-        yield "bound on the subset", subset
 
 
 def _error_cells(summary: ErrorSummary) -> list[str]:
@@ -164,7 +130,7 @@ def _error_cells(summary: ErrorSummary) -> list[str]:
     within = (summary.within_1_deg, summary.within_2_deg, summary.within_5_deg)
     return [
         str(summary.scenes),
-        medians(summary),
+        ", ".join(medians(summary)),
         ", ".join(number(coordinate.median_over_bound) for coordinate in coordinates),
         ", ".join(number(coordinate.rmse) for coordinate in coordinates),
         " / ".join(percent(share) for share in within),
@@ -188,7 +154,7 @@ def _on_subset(network: NetworkReport) -> str:
         rows.append(
             [
                 one.title,
-                medians(summary),
+                ", ".join(medians(summary)),
                 ", ".join(number(ratio) for ratio in ratios),
                 number(_ratio(first.cost.processor_s, one.cost.processor_s), 1),
             ]
@@ -208,7 +174,7 @@ def _by_snr(network: NetworkReport) -> str:
         [one.title, *(_angles(bin_.summary) for bin_ in measured(one.known).by_snr)]
         for one in network.estimators
     ]
-    for title, part in _bound_rows(network):
+    for title, part in bound_rows(network):
         rows.append([title, *(_angle_bounds(bin_.summary) for bin_ in part.by_snr)])
     return table(header, rows)
 
@@ -224,7 +190,7 @@ def _by_count(network: NetworkReport) -> str:
         [one.title, *cells(part, _angles)]
         for one, part in zip(network.estimators, parts, strict=True)
     ]
-    rows += [[title, *cells(part, _angle_bounds)] for title, part in _bound_rows(network)]
+    rows += [[title, *cells(part, _angle_bounds)] for title, part in bound_rows(network)]
     return table(["estimator", *(f"K = {count}" for count in counts)], rows)
 
 

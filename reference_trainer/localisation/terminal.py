@@ -1,4 +1,4 @@
-"""An evaluation in the terminal: progress while it runs, and its main table."""
+"""An evaluation in the terminal: progress while it runs, and its main tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from reference_trainer.localisation.tables import bounds, measured, medians, number, percent
+from reference_trainer.localisation.cells import (
+    bound_rows,
+    bounds,
+    measured,
+    medians,
+    number,
+    percent,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,7 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from reference_trainer.localisation.bench import Told
-    from reference_trainer.localisation.report import Errors, EstimatorReport, NetworkReport
+    from reference_trainer.localisation.report import NetworkReport
+
+_COORDINATES = ("azimuth\ndeg", "elevation\ndeg", "range\nm")
 
 
 @contextmanager
@@ -41,44 +50,49 @@ def progress_on(console: Console) -> Iterator[Told]:
 
 
 def errors_table(network: NetworkReport) -> Table:
-    """Return the errors of every estimator beside the bound, the number known and estimated."""
+    """Return the median errors of every estimator with the number known, beside the bound."""
     table = Table(
-        "estimator",
-        "scenes",
-        "median azimuth, elevation (deg), range (m)",
-        "bound",
-        "within 2 deg",
-        "number estimated",
-        "ms a scene",
+        "median errors,\nnumber of sources known",
+        *_COORDINATES,
+        *("azimuth\n/ bound", "within\n2 deg", "ms a\nscene", "scenes"),
         title=f"symbols: {network.symbols}",
     )
     for one in network.estimators:
         known = measured(one.known).overall
         table.add_row(
             one.title,
-            str(known.scenes),
-            medians(known),
-            bounds(known),
+            *medians(known),
+            number(known.azimuth_deg.median_over_bound),
             percent(known.within_2_deg),
-            _told(one.estimated, one),
-            number(1e3 * one.cost.wall_s, 1),
+            number(1e3 * one.cost.wall_s, 0),
+            str(known.scenes),
         )
+    for title, part in bound_rows(network):
+        scenes = str(part.overall.scenes)
+        table.add_row(title, *bounds(part.overall), "", "", "", scenes, style="bold")
+    return table
+
+
+def estimated_table(network: NetworkReport) -> Table:
+    """Return the median errors of every estimator with the number of sources estimated."""
+    table = Table(
+        "median errors,\nnumber of sources estimated",
+        *_COORDINATES,
+        *("missed", "false", "of", "counted\nby"),
+    )
+    for one in network.estimators:
+        if one.estimated is not None:
+            summary = measured(one.estimated).overall
+            counts = (summary.missed, summary.false, summary.true_sources)
+            table.add_row(one.title, *medians(summary), *map(str, counts), one.counted_by)
     return table
 
 
 def counts_table(network: NetworkReport) -> Table:
     """Return how often each way to count is right."""
-    table = Table("counted by", "scenes", "right", "too few", title="number of sources")
+    table = Table("number of sources by", "scenes", "right", "too few")
     for one in network.counters:
         summary = (one.all or one.subset).overall
         right, under = percent(summary.accuracy), percent(summary.under)
         table.add_row(one.title, str(summary.scenes), right, under)
     return table
-
-
-def _told(errors: Errors | None, one: EstimatorReport) -> str:
-    if errors is None:
-        return number(None)
-    summary = measured(errors).overall
-    missed = f"{summary.missed} missed, {summary.false} false"
-    return f"{medians(summary)} ({one.counted_by}: {missed})"
