@@ -145,8 +145,8 @@ class Bench:
     def _timed(
         self, what: str, work: Callable[[slice], _Part], count: int
     ) -> tuple[list[_Part], Cost]:
-        """Run ``work`` on batches of the first ``count`` scenes, once untimed on two of them."""
-        work(slice(0, 2))  # grids are laid out and remembered, libraries wake up
+        """Run ``work`` on batches of the first ``count`` scenes, once untimed on one of them."""
+        work(slice(0, 1))  # grids are laid out and remembered, libraries wake up
         parts, wall_s, processor_s = [], 0.0, 0.0
         for rows in self.batches(what, count):
             wall, processor = time.perf_counter(), time.process_time()

@@ -75,10 +75,13 @@ def _section(network: NetworkReport, conditions: Conditions) -> str:
 
 def _introduction(network: NetworkReport, conditions: Conditions) -> str:
     origin, disjoint = network.origin, network.disjoint
+    trained = origin.config["scenes"]
+    source = {"memory": "the same", "disk": "the same", "fly": "fresh"}[trained["source"]]
     libraries = ", ".join(f"{name} {number}" for name, number in conditions.versions.items())
     return (
-        f"The network: `{origin.checkpoint}` after {origin.epoch} epochs ({origin.steps_taken} steps), "
-        f"network seed {origin.config['network']['seed']}, weights {origin.weights[:12]}. "
+        f"The network: `{origin.checkpoint}` after {origin.epoch} epochs ({origin.steps_taken} steps) "
+        f"of {trained['train']} scenes ({source} ones in every epoch, seed {trained['seed']}), network seed "
+        f"{origin.config['network']['seed']}, weights {origin.weights[:12]}. "
         f"The scenes: the first {conditions.scenes} of split {conditions.split}, seed "
         f"{conditions.seed}; slow estimators run on the first {conditions.subset} of them. "
         f"{disjoint.reason[:1].upper()}{disjoint.reason[1:]}; the run was judged on {disjoint.watched} "

@@ -191,7 +191,7 @@ def test_a_disk_that_fills_up_loses_nothing_recorded(tmp_path: Path) -> None:
     assert not (directory / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("missing", ["pydantic", "typer"])
+@pytest.mark.parametrize("missing", ["pydantic", "scipy", "typer"])
 def test_without_an_extra_one_line_says_what_to_install(missing):
     """Where a library of the trainer extra is missing, the command names it and exits with 1."""
     code = (

@@ -401,7 +401,8 @@ def test_without_matplotlib_one_sentence_says_what_to_install(
 ) -> None:
     """Figures that cannot be drawn are told before the work, not after it."""
     monkeypatch.delitem(sys.modules, "reference_trainer.localisation.figures")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     arguments = ("evaluate", str(checkpoints["constant"]), "--figures", str(tmp_path))
     assert "pip install gradguard[figures]" in complaint(capsys, *arguments)
 
@@ -435,3 +436,17 @@ def test_a_foreign_report_is_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(DataError, match="no report of localisation, version 1"):
         read_report(path)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds(
+    report: Report, checkpoints: dict[SymbolModel, Path]
+) -> None:
+    """Judged on CUDA, estimators that do not depend on an untrained network have the same errors."""
+    plan = replace(PLAN, device="cuda")
+    subject = load_subject(checkpoints["constant"], device=torch.device("cuda"))
+    found = judge([subject], plan).networks[0]
+    for key in ("ml_scratch", "fitted_music", "field_music", "true_music"):
+        one, other = row(found, key).known.subset, row(report.networks[0], key).known.subset
+        expected = pytest.approx(other.overall.azimuth_deg.median, rel=0.05, abs=1e-3)
+        assert one.overall.azimuth_deg.median == expected
