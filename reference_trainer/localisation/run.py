@@ -66,6 +66,8 @@ def evaluate_runs(
         for path in paths:
             view.epoch_ended(evaluate_checkpoint(checkpoint_in(path)))
     console = view.console
+    many = f"{len(subjects)} network{'s' if len(subjects) > 1 else ''}"
+    _say(console, f"judging {many} on {plan.scenes} scenes, ML from scratch on {plan.subset} ...")
     with progress_on(console) as told:
         report = judge(subjects, plan, told=told)
     for network in report.networks:

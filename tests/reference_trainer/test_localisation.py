@@ -7,12 +7,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from reference_trainer import cli
 from reference_trainer.bound import cramer_rao_bound, sent_symbols
 from reference_trainer.checkpoint import Checkpoint, save_checkpoint
+from reference_trainer.data import scene_physics
 from reference_trainer.errors import CheckpointError, ConfigError, DataError
 from reference_trainer.likelihood import maximum_likelihood, refine
 from reference_trainer.localisation.example import example_of
@@ -29,7 +31,7 @@ from reference_trainer.metrics import ErrorSummary, summarise
 from reference_trainer.physics import SymbolModel
 from reference_trainer.positions import true_positions
 from reference_trainer.scenes import Scenes, draw_scenes
-from reference_trainer.settings import as_mapping, preset
+from reference_trainer.settings import as_mapping, from_mapping, preset
 from reference_trainer.setup import new_network
 
 CPU = torch.device("cpu")
@@ -89,9 +91,7 @@ def network(report: Report) -> NetworkReport:
 def scenes(checkpoints: dict[SymbolModel, Path]) -> Scenes:
     """The scenes of the report, drawn again."""
     physics = load_subject(checkpoints["constant"], device=CPU).physics
-    return draw_scenes(
-        physics, seed=PLAN.seed, split=PLAN.split, indices=range(PLAN.scenes), estimate=True
-    )
+    return draw_scenes(physics, seed=PLAN.seed, split=PLAN.split, indices=range(PLAN.scenes))
 
 
 def row(network: NetworkReport, key: str) -> EstimatorReport:
@@ -172,7 +172,7 @@ def test_maximum_likelihood_reaches_the_bound_at_high_snr(network: NetworkReport
 
 def test_the_bound_stands_beside_every_row(network: NetworkReport, scenes: Scenes) -> None:
     """It is the same in all rows of the same scenes, and the one that belongs to these scenes."""
-    physics = load_physics(network)
+    physics = scene_physics(from_mapping(network.origin.config).scenes)
     symbols = sent_symbols(
         physics, scenes, seed=PLAN.seed, split=PLAN.split, indices=range(PLAN.scenes)
     )
@@ -181,21 +181,7 @@ def test_the_bound_stands_beside_every_row(network: NetworkReport, scenes: Scene
     for one in network.estimators:
         if one.known.all is not None:
             found = one.known.all.overall.azimuth_deg.median_bound
-            assert found == pytest.approx(float(sorted_median(values)))
-
-
-def load_physics(network: NetworkReport):
-    """What the scenes of a report were drawn from."""
-    from reference_trainer.data import scene_physics
-    from reference_trainer.settings import from_mapping
-
-    return scene_physics(from_mapping(network.origin.config).scenes)
-
-
-def sorted_median(values) -> float:
-    """Median by sorting."""
-    ordered, middle = sorted(values), len(values) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+            assert found == pytest.approx(np.median(values))
 
 
 def test_rows_are_what_the_estimators_say(
