@@ -97,7 +97,7 @@ def _from_snapshots() -> tuple[Estimator, ...]:
         ),
         Estimator(
             key="ml_scratch_published_grid",
-            title="ML from scratch, published grid",
+            title="ML, published grid",
             slow=True,
             counted_by=None,
             locate=lambda physics, scenes, count: (

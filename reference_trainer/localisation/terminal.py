@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from reference_trainer.localisation.bench import Told
     from reference_trainer.localisation.report import NetworkReport
 
-_COORDINATES = ("azimuth\ndeg", "elevation\ndeg", "range\nm")
+_COORDINATES = ("azimuth\ndeg", "elev.\ndeg", "range\nm")
 
 
 @contextmanager
@@ -51,10 +52,10 @@ def progress_on(console: Console) -> Iterator[Told]:
 
 def errors_table(network: NetworkReport) -> Table:
     """Return the median errors of every estimator with the number known, beside the bound."""
-    table = Table(
-        "median errors,\nnumber of sources known",
+    table = _table(
+        "median errors,\nnumber known",
         *_COORDINATES,
-        *("azimuth\n/ bound", "within\n2 deg", "ms a\nscene", "scenes"),
+        *("times\nbound", "within\n2 deg", "ms a\nscene", "scenes"),
         title=f"symbols: {network.symbols}",
     )
     for one in network.estimators:
@@ -75,8 +76,8 @@ def errors_table(network: NetworkReport) -> Table:
 
 def estimated_table(network: NetworkReport) -> Table:
     """Return the median errors of every estimator with the number of sources estimated."""
-    table = Table(
-        "median errors,\nnumber of sources estimated",
+    table = _table(
+        "median errors,\nnumber estimated",
         *_COORDINATES,
         *("missed", "false", "of", "counted\nby"),
     )
@@ -90,9 +91,14 @@ def estimated_table(network: NetworkReport) -> Table:
 
 def counts_table(network: NetworkReport) -> Table:
     """Return how often each way to count is right."""
-    table = Table("number of sources by", "scenes", "right", "too few")
+    table = _table("sources counted by", "scenes", "right", "too few")
     for one in network.counters:
         summary = (one.all or one.subset).overall
         right, under = percent(summary.accuracy), percent(summary.under)
         table.add_row(one.title, str(summary.scenes), right, under)
     return table
+
+
+def _table(*header: str, title: str | None = None) -> Table:
+    """Return an empty table that fits a narrow terminal."""
+    return Table(*header, title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

@@ -17,7 +17,8 @@ from reference_trainer.checkpoint import Checkpoint, save_checkpoint
 from reference_trainer.data import scene_physics
 from reference_trainer.errors import CheckpointError, ConfigError, DataError
 from reference_trainer.likelihood import maximum_likelihood, refine
-from reference_trainer.localisation.example import example_of
+from reference_trainer.localisation import run
+from reference_trainer.localisation.example import Example, example_of
 from reference_trainer.localisation.figures import write_figures
 from reference_trainer.localisation.hybrid import hybrid_positions, seen_by
 from reference_trainer.localisation.judging import judge
@@ -297,20 +298,32 @@ def test_judging_leaves_no_trace(checkpoints: dict[SymbolModel, Path]) -> None:
 
 
 def test_the_command_writes_everything(
-    capsys: pytest.CaptureFixture[str], checkpoints: dict[SymbolModel, Path], tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    checkpoints: dict[SymbolModel, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Run directories of two symbol models give one report with both, tables and figures."""
+    drawn = []
+
+    def draw(report: Report, examples: list[Example], directory: Path) -> tuple[Path, ...]:
+        drawn.extend(zip(report.networks, examples, strict=True))
+        return (directory / "picture.png",)
+
+    monkeypatch.setattr(run, "figure_writer", lambda: draw)
     directories = [str(path.parent) for path in checkpoints.values()]
-    results, drawn = tmp_path / "new" / "report.json", tmp_path / "drawn"
+    results, pictures = tmp_path / "new" / "report.json", tmp_path / "pictures"
     few = ["--scenes", "2", "--subset", "1", "--no-losses"]
     with pytest.raises(SystemExit) as left:
-        cli.main(["evaluate", *directories, *few, "--json", str(results), "--figures", str(drawn)])
+        cli.main(
+            ["evaluate", *directories, *few, "--json", str(results), "--figures", str(pictures)]
+        )
     captured = capsys.readouterr()
     assert (left.value.code or 0, captured.err) == (0, "")
     assert [one.symbols for one in read_report(results).networks] == ["constant", "iid"]
-    assert "bound" in captured.out
-    assert str(results) in captured.out
-    assert len(list(drawn.glob("*.png"))) == 8
+    assert len(drawn) == 2
+    assert "bound, on the subset" in captured.out
+    assert f"written: {results}\nwritten: {pictures / 'picture.png'}\n" in captured.out
 
 
 def test_fresh_training_scenes_need_no_comparison(tmp_path: Path) -> None:
