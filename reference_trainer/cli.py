@@ -194,7 +194,9 @@ def evaluate(
     share: Annotated[
         float, typer.Option(help="Share of the fitted covariance in the hybrid.")
     ] = SAMPLE_SHARE,
-    threads: Annotated[int, typer.Option(help="torch's threads.")] = 1,
+    threads: Annotated[
+        int, typer.Option(help="torch's threads; on small machines two can be slower.")
+    ] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all results here.")

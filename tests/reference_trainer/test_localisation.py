@@ -284,14 +284,20 @@ def test_judging_leaves_no_trace(checkpoints: dict[SymbolModel, Path]) -> None:
     subject = load_subject(checkpoints["iid"], device=CPU)
     weights = [parameter.clone() for parameter in subject.network.parameters()]
     state, threads, heard = torch.get_rng_state(), torch.get_num_threads(), {}
+    used = set()
 
     def told(what: str, done: int, total: int) -> None:
         heard[what] = (done, total)
+        used.add(torch.get_num_threads())
 
-    found = judge([subject], Plan(seed=1, scenes=3, subset=1, threads=2), told=told)
+    torch.set_num_threads(threads + 1)
+    try:
+        found = judge([subject], Plan(seed=1, scenes=3, subset=1, threads=1), told=told)
+        assert (used, torch.get_num_threads()) == ({1}, threads + 1)
+    finally:
+        torch.set_num_threads(threads)
     assert found.networks[0].symbols == "iid"
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
     assert all(map(torch.equal, weights, subject.network.parameters()))
     assert all(done == total for done, total in heard.values())
     assert all(what.startswith("iid: ") for what in heard)
