@@ -5,10 +5,11 @@ import sys
 try:
     from reference_trainer.cli import main
 except ModuleNotFoundError as error:
-    if error.name not in ("pydantic", "typer"):
+    missing = (error.name or "").partition(".")[0]
+    if missing not in ("pydantic", "scipy", "typer"):
         raise
     sys.exit(
-        f"error: the reference trainer needs {error.name}; "
+        f"error: the reference trainer needs {missing}; "
         "install it with: pip install gradguard[trainer]"
     )
 

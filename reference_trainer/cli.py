@@ -1,4 +1,4 @@
-"""The command line: ``train``, ``resume`` a killed run, ``evaluate`` a checkpoint, write ``scenes``.
+"""The command line: ``train``, ``resume`` a killed run, ``evaluate`` networks, write ``scenes``.
 
 Exit status: 0 when all went well, 1 when a run ended with errors found by the guard, 2 when it could
 not start or go on; then standard error says why, in one sentence.
@@ -24,8 +24,11 @@ import gradguard as gg
 from reference_trainer.config import PRESETS
 from reference_trainer.data import training_physics
 from reference_trainer.errors import ConfigError, TrainerError
+from reference_trainer.localisation.hybrid import SAMPLE_SHARE
+from reference_trainer.localisation.plan import Plan, device_of, split_of
+from reference_trainer.localisation.run import evaluate_runs
 from reference_trainer.processes import Processes, joined_processes
-from reference_trainer.restore import evaluate_checkpoint, find_run
+from reference_trainer.restore import find_run
 from reference_trainer.results import TrainingResult
 from reference_trainer.settings import as_mapping, config_keys, preset, with_overrides
 from reference_trainer.setup import pick_device
@@ -176,10 +179,49 @@ def scenes(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint.pt of an earlier run.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories or checkpoints, one for each network.")
+    ],
+    scenes: Annotated[int, typer.Option(help="Scenes to judge on.")] = 1000,
+    subset: Annotated[
+        int | None,
+        typer.Option(help="The first of them, for ML from scratch; default 200, or all of fewer."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    split: Annotated[
+        str, typer.Option(help="Where they come from: validation or test.")
+    ] = "validation",
+    share: Annotated[
+        float, typer.Option(help="Share of the fitted covariance in the hybrid.")
+    ] = SAMPLE_SHARE,
+    threads: Annotated[
+        int, typer.Option(help="torch's threads; on small machines two can be slower.")
+    ] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all results here.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write figures here; needs matplotlib.")
+    ] = None,
+    losses: Annotated[
+        bool, typer.Option(help="Evaluate the losses on both sets of the run as well.")
+    ] = True,
 ) -> None:
-    """Evaluate the weights of a checkpoint on both sets of the run it comes from."""
-    TerminalView().epoch_ended(evaluate_checkpoint(checkpoint))
+    """Judge networks by their losses and by where they say the sources stand, beside the bound.
+
+    A directory means its best checkpoint, or its last. No scene judged on was trained on.
+    """
+    plan = Plan(
+        seed=seed,
+        split=split_of(split),
+        scenes=scenes,
+        subset=min(200, scenes) if subset is None else subset,
+        share=share,
+        threads=threads,
+        device=device_of(device).type,
+    )
+    evaluate_runs(runs, plan, json_file=json_file, figures=figures, losses=losses)
 
 
 def _view(processes: Processes) -> TerminalView:

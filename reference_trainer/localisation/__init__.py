@@ -1,0 +1,1 @@
+"""Judges networks by where they say the sources stand, beside classical estimators and the bound."""

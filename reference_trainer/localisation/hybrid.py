@@ -1,0 +1,109 @@
+"""What a trained network contributes: a covariance, a count, and positions from the hybrid of both.
+
+The hybrid blends the covariance that the network predicts with one that is fitted to the snapshots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from reference_trainer.covariance import hybrid_factor
+from reference_trainer.examples import network_input
+from reference_trainer.factors import joint_factor
+from reference_trainer.music import music
+from reference_trainer.sample_covariance import fitted_factor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reference_trainer.model import CovarianceNetwork
+    from reference_trainer.physics import ScenePhysics
+    from reference_trainer.positions import Positions
+    from reference_trainer.scenes import Scenes
+
+SAMPLE_SHARE = 0.30
+"""Share of the fitted covariance in the hybrid: where the schedule of the published model ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Seen:
+    """What a network says about B scenes.
+
+    Attributes:
+        factor: of the predicted covariance, complex64 ``[B, N, 10]``, of trace N.
+        num_sources: the most likely number of sources, int64 ``[B]``, from 1.
+    """
+
+    factor: Tensor
+    num_sources: Tensor
+
+
+@torch.no_grad()
+def seen_by(model: CovarianceNetwork, scenes: Scenes, *, batch_scenes: int = 64) -> Seen:
+    """Return what the network says about ``scenes``, in the mode that it is in.
+
+    Args:
+        model: on the device of the scenes; in evaluation mode, or dropout is at work.
+        scenes: drawn with their field estimates.
+        batch_scenes: scenes of one forward pass.
+
+    Sync: none on CUDA for constant symbols.
+    """
+    factors, counts = [], []
+    for start in range(0, len(scenes), batch_scenes):
+        batch = scenes.select(slice(start, start + batch_scenes))
+        prediction = model(network_input(batch))
+        factors.append(joint_factor(prediction.angle_factor, prediction.range_factor))
+        counts.append(prediction.k_logits.argmax(dim=-1) + 1)
+    return Seen(factor=torch.cat(factors), num_sources=torch.cat(counts))
+
+
+def hybrid_covariance(
+    model: CovarianceNetwork, physics: ScenePhysics, scenes: Scenes, *, share: float = SAMPLE_SHARE
+) -> Tensor:
+    """Return the factor of the hybrid covariance, complex64 ``[B, N, 26]``.
+
+    Args:
+        model: as for :func:`seen_by`.
+        physics: what the scenes were drawn from.
+        scenes: drawn with their field estimates.
+        share: of the fitted covariance, in [0, 1).
+
+    Raises:
+        ValueError: ``share`` is not in [0, 1).
+
+    Sync: as :func:`reference_trainer.sample_covariance.fitted_factor`.
+    """
+    predicted = seen_by(model, scenes).factor
+    return hybrid_factor(predicted, fitted_factor(physics, scenes), share=share)
+
+
+def hybrid_positions(
+    model: CovarianceNetwork,
+    physics: ScenePhysics,
+    scenes: Scenes,
+    num_sources: Tensor,
+    *,
+    share: float = SAMPLE_SHARE,
+) -> Positions:
+    """Return where the hybrid covariance says that the sources stand.
+
+    Everything that starts from a network starts here.
+
+    Args:
+        model: as for :func:`seen_by`.
+        physics: what the scenes were drawn from.
+        scenes: drawn with their field estimates.
+        num_sources: int64 ``[B]``, from 0 to ``physics.max_sources``.
+        share: of the fitted covariance, in [0, 1).
+
+    Raises:
+        ValueError: ``share`` or a number of sources is out of range.
+
+    Sync: waits for the device often.
+    """
+    factor = hybrid_covariance(model, physics, scenes, share=share)
+    return music(physics, factor, num_sources)
