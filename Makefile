@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 # Two torch threads are slower than one on small virtual machines; tests and benchmarks use one.
 export OMP_NUM_THREADS ?= 1
+# Processes that share the tests.
+JOBS ?= 2
 
 .PHONY: demo test check format lint types contracts tests bench clean
 
@@ -32,7 +34,7 @@ contracts: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 tests: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmarks.overhead
