@@ -133,7 +133,7 @@ def validate(pipeline: Pipeline, splits: Splits) -> None:
 def compare(pipeline: Pipeline, batch: Examples) -> None:
     """Make the comparisons that hooks cannot make, and tell the guard."""
     pipeline.model.eval()
-    trained = pipeline.loss.of(_predicted(pipeline.model, batch), batch).loss
+    trained = pipeline.loss.of(pipeline.model(batch.observed), batch).loss
     validated = pipeline.loss.validation(pipeline.model, batch).loss
     pipeline.model.train()
     guard = pipeline.guard
@@ -153,7 +153,3 @@ def swap_in(pipeline: Pipeline) -> None:
 def parameters_of(model: nn.Module) -> torch.Tensor:
     """Return all parameters as one vector."""
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
-def _predicted(model: nn.Module, batch: Examples) -> Any:
-    return model(batch.observed)

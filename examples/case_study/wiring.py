@@ -13,7 +13,7 @@ from reference_trainer.factors import blended_factor, joint_factor
 from reference_trainer.loss import LossTerms, LossWeights, loss_terms, weighted_sum
 from reference_trainer.model import HEAD_MODULES, MAX_SOURCES, CovarianceNetwork, Prediction
 from reference_trainer.objective import Objective
-from reference_trainer.terms import covariance_error
+from reference_trainer.terms import LABEL_SMOOTHING, covariance_error
 
 BLEND = 0.3
 HEADS = (*HEAD_MODULES, "count_direct")
@@ -139,7 +139,7 @@ def truth(examples: Examples) -> Prediction:
     scenes = examples.scenes
     classes = scenes.true_factor.shape[-1]
     right = nn.functional.one_hot(scenes.num_sources - 1, classes).float()
-    smoothed = 0.95 * right + 0.05 / classes
+    smoothed = (1.0 - LABEL_SMOOTHING) * right + LABEL_SMOOTHING / classes
     return Prediction(
         angle_factor=scenes.true_factor,
         range_factor=scenes.true_factor,
