@@ -9,11 +9,13 @@ distance has a unit in which its last layer can learn.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reference_trainer.factors import joint_factor, spectrum, unpack_complex
 from reference_trainer.features import (
@@ -111,8 +113,20 @@ class SnapshotEncoder(nn.Module):
         """Return [B, 448] from ``snapshots`` [B, 16, 16, 2]."""
         channels = nn.functional.gelu(self.stem(snapshots.flatten(2).mT))
         channels = nn.functional.gelu(self.pointwise(self.depthwise(channels)))
-        mean: Tensor = self.encoder(channels.mT).mean(dim=1)
+        with attention_kernel(channels.device):
+            mean: Tensor = self.encoder(channels.mT).mean(dim=1)
         return mean
+
+
+def attention_kernel(device: torch.device) -> AbstractContextManager[None]:
+    """Choose how attention is computed: under autocast on a CPU as plain matrix products.
+
+    On 16 snapshots the backward of torch's fused kernel for the CPU took six times as long in
+    bfloat16, 174 ms of a step of 430 ms.
+    """
+    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 class CodeEncoder(nn.Module):
