@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from reference_trainer.covariance import BlendSchedule
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -77,17 +79,37 @@ def weights_at(done: float, weights: LossWeights, config: SchedulesConfig) -> Lo
     return replace(weights, **{name: factor * getattr(weights, name) for name in STRUCTURE_TERMS})
 
 
+def blend_at(epoch: int, config: Config) -> float:
+    """Return the share of the sample covariance in the loss of epoch number ``epoch``, from 1."""
+    schedules, share = config.schedules, config.optimization.sample_blend
+    if not schedules.blend_rise and not schedules.blend_jitter:
+        return share
+    schedule = BlendSchedule(
+        epochs=config.optimization.epochs,
+        share=share,
+        jitter=schedules.blend_jitter,
+        rise_fraction=schedules.blend_rise,
+        seed=config.network.seed,
+    )
+    return schedule.at(max(0, epoch - 1))
+
+
 def at_epoch(parts: Parts, config: Config, epoch: int) -> Parts:
     """Return the parts as epoch number ``epoch`` trains with them.
 
     Dropout and temperature are set in the live network and in the averaged one. The loss of training
-    gets its weights in the copy returned; evaluations keep the final ones, and with them one scale.
+    gets its weights and its blend in the copy returned; evaluations keep the final ones, and with them
+    one scale.
     """
     done = progress(epoch, config.optimization.epochs)
     for network in (parts.model, parts.averaged.module):
         set_epoch(network, config, epoch)
-    weights = weights_at(done, config.loss, config.schedules)
-    return replace(parts, objective=replace(parts.objective, weights=weights))
+    objective = replace(
+        parts.objective,
+        weights=weights_at(done, config.loss, config.schedules),
+        sample_blend=blend_at(epoch, config),
+    )
+    return replace(parts, objective=objective)
 
 
 def set_epoch(network: CovarianceNetwork, config: Config, epoch: int) -> None:

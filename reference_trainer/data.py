@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from reference_trainer.config import ScenesConfig
 
 
+EASY_SNR_DB = 15.0
+"""Lowest signal-to-noise ratio with which a curriculum begins."""
+
+
 class TrainingScenes(Protocol):
     """What batches are taken from; :class:`Examples` is one."""
 
@@ -42,20 +46,24 @@ class FreshScenes:
         seed: of the data set.
         count: scenes of one epoch.
         device: of the run.
+        curriculum_epochs: epochs until the noise is that of ``physics``.
     """
 
     physics: ScenePhysics
     seed: int
     count: int
     device: torch.device
+    curriculum_epochs: int = 0
 
     def __len__(self) -> int:
         return self.count
 
     def select(self, index: Tensor) -> Examples:
-        """Draw the training scenes with these numbers [n]."""
-        scenes = draw_scenes(self.physics, seed=self.seed, split="train", indices=index.tolist())
-        return make_examples(self.physics, scenes).to(self.device)
+        """Draw the training scenes with these numbers [n], all of one epoch."""
+        numbers = index.tolist()
+        physics = eased(self.physics, numbers[0] // self.count, self.curriculum_epochs)
+        scenes = draw_scenes(physics, seed=self.seed, split="train", indices=numbers)
+        return make_examples(physics, scenes).to(self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +95,7 @@ class DataSets:
     Attributes:
         training: what the batches are taken from.
         memorised: training scenes to evaluate on: all of them where they are in memory, else the
-            first ones, as many as are held out.
+            first ones, as many as are held out, under the noise that a curriculum ends with.
         held_out: scenes that are never trained on.
     """
 
@@ -108,6 +116,16 @@ def training_physics(config: ScenesConfig) -> ScenePhysics:
         element_jitter=config.element_jitter,
         code_bits_drop=config.code_bits_drop,
     )
+
+
+def eased(physics: ScenePhysics, epochs_done: int, curriculum_epochs: int) -> ScenePhysics:
+    """Return ``physics`` with the lowest signal-to-noise ratio of a curriculum.
+
+    It falls linearly, from 15 dB in the first epoch to that of ``physics`` after ``curriculum_epochs``.
+    """
+    left = max(0.0, 1.0 - epochs_done / curriculum_epochs) if curriculum_epochs else 0.0
+    higher = max(0.0, EASY_SNR_DB - physics.min_snr_db)
+    return replace(physics, min_snr_db=physics.min_snr_db + left * higher) if left else physics
 
 
 def draw_data(config: ScenesConfig, *, device: torch.device) -> DataSets:
@@ -135,7 +153,11 @@ def draw_data(config: ScenesConfig, *, device: torch.device) -> DataSets:
         require_disjoint(memorised, held_out)
         if fresh:
             training = FreshScenes(
-                physics=physics, seed=config.seed, count=config.train, device=device
+                physics=physics,
+                seed=config.seed,
+                count=config.train,
+                device=device,
+                curriculum_epochs=config.curriculum_epochs,
             )
     seen = make_examples(physics, memorised).to(device)
     return DataSets(

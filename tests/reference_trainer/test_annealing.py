@@ -18,6 +18,7 @@ from reference_trainer.annealing import (
     STRUCTURE_TERMS,
     at_epoch,
     best_epoch,
+    blend_at,
     dropout_at,
     progress,
     set_dropout,
@@ -118,9 +119,49 @@ def test_only_structure_terms_are_ramped(done: float) -> None:
     assert same == config.loss
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@given(st.integers(1, 60), SHARES, st.floats(0.0, 0.3), st.integers(0, 5))
+def test_the_blend_rises_and_then_jitters_about_its_share(
+    epochs: int, rise: float, jitter: float, seed: int
+) -> None:
+    """It starts at 0, never falls while it rises, and is then within the jitter of the configured
+    share; the same epoch always has the same one.
+    """
+    config = with_overrides(
+        Config(),
+        [
+            f"optimization.epochs={epochs}",
+            "optimization.sample_blend=0.3",
+            f"network.seed={seed}",
+            f"schedules.blend_rise={rise}",
+            f"schedules.blend_jitter={jitter}",
+        ],
+    )
+    shares = [blend_at(epoch, config) for epoch in range(1, epochs + 1)]
+    if not rise and not jitter:
+        assert set(shares) == {0.3}
+        return
+    rising = max(2, math.ceil(rise * epochs - 1e-9))
+    assert shares[0] == 0.0
+    assert shares[:rising] == sorted(shares[:rising])
+    assert all(abs(share - 0.3) <= jitter + 1e-12 for share in shares[rising:])
+    assert shares == [blend_at(epoch, config) for epoch in range(1, epochs + 1)]
+
+
+def test_only_training_sees_the_scheduled_blend() -> None:
+    """The loss of training blends by the schedule, evaluations by the share it rises to."""
+    settings = ["optimization.sample_blend=0.3", "schedules.blend_rise=1"]
+    config = with_overrides(preset("smoke"), settings)
+    parts = assemble(config, torch.device("cpu"))
+    assert [at_epoch(parts, config, epoch).objective.sample_blend for epoch in (1, 2)] == [
+        0.0,
+        0.15,
+    ]
+    assert parts.objective.sample_blend == 0.3
+
+
+@pytest.mark.parametrize("name", ["overfit", "smoke"])
 def test_nothing_changes_by_default(name: str) -> None:
-    """Presets train every epoch with the loss, dropout and temperature they are configured with."""
+    """Both presets train every epoch with the loss, dropout and temperature they are configured with."""
     config = PRESETS[name]
     parts = assemble(config, torch.device("cpu"))
     for epoch in (1, config.optimization.epochs // 2, config.optimization.epochs):

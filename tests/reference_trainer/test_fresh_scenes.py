@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradguard as gg
-from reference_trainer.data import batches, draw_data, first_number
+from reference_trainer.data import batches, draw_data, eased, first_number
 from reference_trainer.geometry import element_positions_m, steering_vectors
 from reference_trainer.physics import ScenePhysics
 from reference_trainer.reporting import SilentView
@@ -95,6 +95,33 @@ def test_more_scenes_than_a_seed_has_are_refused() -> None:
     """Numbers of scenes end at 2**32: a longer run is refused before it starts."""
     with pytest.raises(ValueError, match=r"the 2\*\*32 scenes that a seed has"):
         with_overrides(preset("smoke"), ["scenes.train=2000000000", "optimization.epochs=3"])
+
+
+def test_a_curriculum_lowers_the_noise_floor_in_a_line() -> None:
+    """From 15 dB in the first epoch to that of the physics, where it stays; held-out scenes and all
+    but the noise level of a scene are the same with and without it.
+    """
+    physics = ScenePhysics()
+    floors = [eased(physics, done, 4).min_snr_db for done in range(7)]
+    assert floors == [15.0, 10.0, 5.0, 0.0, -5.0, -5.0, -5.0]
+    assert eased(physics, 0, 0) == physics
+    plain = draw_data(with_overrides(preset("smoke"), SETTINGS).scenes, device=CPU)
+    settings = [*SETTINGS, "scenes.curriculum_epochs=2"]
+    easy = draw_data(with_overrides(preset("smoke"), settings).scenes, device=CPU)
+    assert torch.equal(easy.held_out.scenes.snapshots, plain.held_out.scenes.snapshots)
+    for epoch, lowest_db in ((0, 15.0), (1, 5.0), (2, -5.0)):
+        index = torch.arange(4) + 4 * epoch
+        one, other = (data.training.select(index).scenes for data in (easy, plain))
+        assert (one.snr_db >= lowest_db).all()
+        unit = (other.snr_db + 5.0) / 25.0
+        assert torch.allclose(one.snr_db, lowest_db + unit * (20.0 - lowest_db), atol=1e-4)
+        assert torch.equal(one.true_factor, other.true_factor)
+
+
+def test_a_curriculum_needs_fresh_scenes() -> None:
+    """The same scenes in every epoch cannot become harder: one sentence says what to set."""
+    with pytest.raises(ValueError, match=r"set scenes\.source=fly"):
+        with_overrides(preset("smoke"), ["scenes.curriculum_epochs=2"])
 
 
 def test_variation_leaves_the_rest_of_a_scene_alone() -> None:

@@ -97,7 +97,7 @@ def test_no_weight_at_all_is_refused() -> None:
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
     """A mistyped preset is answered with the list of presets."""
-    with pytest.raises(ConfigError, match="known are overfit, smoke"):
+    with pytest.raises(ConfigError, match="known are overfit, production, smoke"):
         preset("overfitt")
 
 
