@@ -55,8 +55,9 @@ class ScenesConfig:
         element_jitter: training scenes displace every RIS element by up to this share of half a
             wavelength along both axes.
         code_bits_drop: training scenes quantise the RIS phases with up to this many of 3 bits less.
-        curriculum_epochs: epochs in which the lowest signal-to-noise ratio of fresh training scenes
-            falls from 15 dB to that of held-out ones; 0 draws from all of them at once.
+        curriculum_epochs: epochs in which fresh training scenes become as hard as held-out ones: their
+            largest number of sources rises from 1, their lowest signal-to-noise ratio falls from 15 dB.
+            0 draws from all of them at once.
     """
 
     seed: Seed = 0

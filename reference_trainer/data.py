@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -46,7 +47,7 @@ class FreshScenes:
         seed: of the data set.
         count: scenes of one epoch.
         device: of the run.
-        curriculum_epochs: epochs until the noise is that of ``physics``.
+        curriculum_epochs: epochs until scenes are as hard as ``physics`` has them.
     """
 
     physics: ScenePhysics
@@ -95,7 +96,7 @@ class DataSets:
     Attributes:
         training: what the batches are taken from.
         memorised: training scenes to evaluate on: all of them where they are in memory, else the
-            first ones, as many as are held out, under the noise that a curriculum ends with.
+            first ones, as many as are held out, as hard as a curriculum has them at its end.
         held_out: scenes that are never trained on.
     """
 
@@ -119,13 +120,21 @@ def training_physics(config: ScenesConfig) -> ScenePhysics:
 
 
 def eased(physics: ScenePhysics, epochs_done: int, curriculum_epochs: int) -> ScenePhysics:
-    """Return ``physics`` with the lowest signal-to-noise ratio of a curriculum.
+    """Return ``physics`` with the fewer sources and the less noise of a curriculum.
 
-    It falls linearly, from 15 dB in the first epoch to that of ``physics`` after ``curriculum_epochs``.
+    The largest number of sources rises from 1, and the lowest signal-to-noise ratio falls from 15 dB,
+    to those of ``physics`` after ``curriculum_epochs``.
     """
     left = max(0.0, 1.0 - epochs_done / curriculum_epochs) if curriculum_epochs else 0.0
-    higher = max(0.0, EASY_SNR_DB - physics.min_snr_db)
-    return replace(physics, min_snr_db=physics.min_snr_db + left * higher) if left else physics
+    if not left:
+        return physics
+    fewer = math.floor(left * (physics.drawn_sources - 1))
+    higher_db = left * max(0.0, EASY_SNR_DB - physics.min_snr_db)
+    return replace(
+        physics,
+        most_sources=physics.drawn_sources - fewer,
+        min_snr_db=physics.min_snr_db + higher_db,
+    )
 
 
 def draw_data(config: ScenesConfig, *, device: torch.device) -> DataSets:

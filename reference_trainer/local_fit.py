@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 STEPS = (0.009, 0.009, 0.03)
 """Distance of neighbours in sine of azimuth (half a degree), sine of elevation, inverse range in 1/m."""
 
-REACH = (2, 2, 1)
-"""Neighbours on either side of a proposal along each axis: 75 atoms for each."""
+REACH = (1, 1, 1)
+"""Neighbours on either side of a proposal along each axis: 27 atoms for each. With 75, and 15 rounds
+where 8 are run now, the medians were one to six parts in a hundred smaller, in three times the time."""
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def locally_fitted_factor(
     scenes: Scenes,
     proposals: Sequence[Positions],
     *,
-    rounds: int = 15,
+    rounds: int = 8,
     columns: int = 16,
     chunk_scenes: int = 16,
 ) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 SymbolModel = Literal["constant", "iid"]
 """``constant``: one symbol a source for all snapshots (coherent); ``iid``: a new one each snapshot."""
 
-_MAY_BE_ZERO = ("element_jitter", "code_bits_drop")
+_MAY_BE_ZERO = ("most_sources", "element_jitter", "code_bits_drop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,8 @@ class ScenePhysics:
         antennas: antennas of the base station, a half-wavelength linear array (M).
         snapshots: received snapshots of a scene, each under its own RIS code (L).
         side_elements: elements along each side of the square RIS; N is its square.
-        max_sources: the number of sources is uniform on 1..max_sources.
+        max_sources: slots for sources; their number is uniform on 1..max_sources.
+        most_sources: draws fewer where it is smaller than max_sources; 0 for no such limit.
         code_bits: the phase of every RIS element is one of ``2 ** code_bits`` equal steps.
         wavelength_m: carrier wavelength in metres.
         spacing_m: distance of neighbouring RIS elements in metres.
@@ -57,6 +58,7 @@ class ScenePhysics:
     snapshots: int = 16
     side_elements: int = 12
     max_sources: int = 5
+    most_sources: int = 0
     code_bits: int = 3
     wavelength_m: float = 0.3
     spacing_m: float = 0.15
@@ -85,6 +87,11 @@ class ScenePhysics:
                 raise ValueError(
                     f"scene physics: min_{name}={low} lies above max_{name}={high}; swap them"
                 )
+        if self.most_sources > self.max_sources:
+            raise ValueError(
+                f"scene physics: most_sources={self.most_sources} with room for "
+                f"{self.max_sources}; expected at most as many"
+            )
         if self.code_bits > 8:
             raise ValueError(f"scene physics: code_bits is {self.code_bits}; expected 1 to 8")
         if not self.element_jitter < 1 or not self.code_bits_drop < self.code_bits:
@@ -119,6 +126,11 @@ class ScenePhysics:
     def elements(self) -> int:
         """Number of RIS elements, N."""
         return self.side_elements**2
+
+    @property
+    def drawn_sources(self) -> int:
+        """Largest number of sources that is drawn."""
+        return self.most_sources or self.max_sources
 
     @property
     def symbol_draws(self) -> int:

@@ -43,6 +43,9 @@ FINE_SEEDS, FINE_ROUNDS = 24, 6
 
 _SMALLEST = 1e-12
 
+_LEAST_NOISE = 1e-5
+"""Of the mean power of a measurement; at 20 dB the noise is a hundredth."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -183,7 +186,10 @@ def _power_ratio(measured: Measured, seen: Tensor, power: Tensor) -> Tensor:
 def _whitened(measured: Measured, weighted: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """``rows`` ``[B, l, m, c]`` and the measurements, after whitening by ``weighted rows^H + noise``."""
     covariance = weighted @ rows.mH
-    covariance.diagonal(dim1=-2, dim2=-1).add_(measured.noise[:, None, None])
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+    # Atoms that miss a strong source grow without limit: single precision would lose the noise.
+    least = _LEAST_NOISE * diagonal.real.mean(-1)
+    diagonal.add_(torch.maximum(measured.noise[:, None], least)[..., None])
     root = torch.linalg.cholesky(covariance)
     both = torch.cat((rows, measured.received.unsqueeze(-1)), dim=-1)
     solved = torch.linalg.solve_triangular(root, both, upper=False)

@@ -43,7 +43,7 @@ class Sources:
 def place_sources(physics: ScenePhysics, variates: Variates) -> Sources:
     """Return the sources of each scene: how many, and where."""
     slots = physics.max_sources
-    count = 1 + np.floor(variates.scene[:, 0] * slots).astype(np.int64)
+    count = 1 + np.floor(variates.scene[:, 0] * physics.drawn_sources).astype(np.int64)
     active = np.arange(slots) < count[:, None]
     azimuth_half = math.radians(physics.azimuth_half_width_deg)
     elevation_half = math.radians(physics.elevation_half_width_deg)
