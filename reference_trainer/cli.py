@@ -192,7 +192,7 @@ def evaluate(
         str, typer.Option(help="Where they come from: validation or test.")
     ] = "validation",
     share: Annotated[
-        float, typer.Option(help="Share of the fitted covariance in the hybrid.")
+        float, typer.Option(help="Share of the fitted covariance in the blend.")
     ] = SAMPLE_SHARE,
     threads: Annotated[
         int, typer.Option(help="torch's threads; on small machines two can be slower.")

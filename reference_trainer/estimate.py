@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from reference_trainer.beam_prior import fields_under_beams
 from reference_trainer.channel import mean_power
+from reference_trainer.sample_covariance import Measured
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +37,9 @@ def estimate_field(
     """Return the estimated field on the RIS, ``[B, N, S]``, scaled to squared norm N.
 
     With coherent sources (one symbol each for all snapshots) all ``L M`` equations share one unknown
-    field, and S = 1. With a new symbol each snapshot there are S = L fields of M equations each.
-    Both are the linear minimum mean square error estimate for a white field: ridge regression,
-    which is the matched filter after whitening by ``Phi Phi^H + ridge I``.
+    field, S = 1, and its estimate is the linear minimum mean square error one for a white field: ridge
+    regression. With a new symbol each snapshot there are S = L fields of M equations each, too few for
+    a white prior; it is fitted to the scene instead: see ``beam_prior.py``.
 
     Args:
         snapshots: y, ``[B, L, M]``.
@@ -46,12 +48,13 @@ def estimate_field(
         snr_db: float32 ``[B]``, clean over noise power of the snapshots.
         coherent: whether the symbols are constant over the snapshots.
 
-    Source: the joint and the per-snapshot least squares of the published model, without the step
-    that subtracts the mean over the snapshots (it removes coherent sources altogether).
+    Source: the joint least squares of the published model, without the step that subtracts the mean
+    over the snapshots (it removes coherent sources altogether).
     """
-    ridge = _ridge(channel, snr_db)
-    solve = _shared_field if coherent else _field_per_snapshot
-    field = solve(snapshots, codes, channel, ridge)
+    if coherent:
+        field = _shared_field(snapshots, codes, channel, _ridge(channel, snr_db))
+    else:
+        field = _field_per_snapshot(snapshots, codes, channel, snr_db)
     scale = np.sqrt(field.shape[-1] * mean_power(field))
     scaled: ComplexArray = field / np.maximum(scale, np.finfo(np.float32).tiny)[:, None, None]
     return scaled
@@ -78,13 +81,13 @@ def _shared_field(
 
 
 def _field_per_snapshot(
-    snapshots: ComplexArray, codes: ComplexArray, channel: ComplexArray, ridge: RealArray
+    snapshots: ComplexArray, codes: ComplexArray, channel: ComplexArray, snr_db: RealArray
 ) -> ComplexArray:
-    # Phi_l Phi_l^H = H H^H for every l, because the codes have unit modulus.
-    covariance = np.matmul(channel, channel.conj().transpose(0, 2, 1))
-    whitened = _solve_positive(covariance, ridge, snapshots.transpose(0, 2, 1))
-    field: ComplexArray = np.matmul(channel.conj().transpose(0, 2, 1), whitened)
-    return field * codes.conj().transpose(0, 2, 1)
+    sensing = channel[:, None] * codes[:, :, None, :]
+    noise = np.power(10, -snr_db / 10, dtype=np.float32)
+    measured = Measured(*map(torch.from_numpy, (sensing, snapshots, noise)))
+    field: ComplexArray = fields_under_beams(measured).numpy()
+    return field
 
 
 def _gram(rows: ComplexArray) -> ComplexArray:

@@ -129,7 +129,7 @@ def _screened(grid: SearchGrid, measured: Measured) -> Atoms:
     """
     sensing, vectors = measured.sensing, grid.vectors
     scenes, snapshots, numbers, elements = sensing.shape
-    share = _signal_power(measured) / len(grid)
+    share = signal_power(measured) / len(grid)
     alike = vectors @ vectors.mH
     reflected = (sensing.reshape(-1, elements) @ alike).reshape(sensing.shape)
     filtered, whitened = _whitened(measured, share[:, None, None, None] * reflected, sensing)
@@ -141,7 +141,7 @@ def _screened(grid: SearchGrid, measured: Measured) -> Atoms:
     return Atoms(grid.places.expand(scenes, -1, -1), power)
 
 
-def _signal_power(measured: Measured) -> Tensor:
+def signal_power(measured: Measured) -> Tensor:
     """Trace ``[B]`` of the covariance of the field that gives the mean power received."""
     received = torch.view_as_real(measured.received).square().sum(dim=(1, 2, 3))
     gain = torch.view_as_real(measured.sensing).square().sum(dim=(1, 2, 3, 4))
@@ -170,11 +170,11 @@ def refitted(
     seen = (sensing.flatten(1, 2) @ vectors).reshape(*sensing.shape[:3], -1)
     power = atoms.power
     for _ in range(rounds):
-        power = power * _power_ratio(measured, seen, power)
+        power = power * power_ratio(measured, seen, power)
     return replace(atoms, power=power), vectors
 
 
-def _power_ratio(measured: Measured, seen: Tensor, power: Tensor) -> Tensor:
+def power_ratio(measured: Measured, seen: Tensor, power: Tensor) -> Tensor:
     """Power of each atom in the whitened measurements over what the fit expects of it, ``[B, A]``."""
     filtered, whitened = _whitened(measured, seen * power[:, None, None, :], seen)
     matched = (filtered.mH @ whitened.unsqueeze(-1)).squeeze(-1)

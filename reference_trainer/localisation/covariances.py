@@ -1,4 +1,4 @@
-"""The four covariances of a scene: of the truth, of the fit, of the network and of the hybrid."""
+"""The covariances of a scene: of the truth, of the fit, of the network, and of both together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from reference_trainer.covariance import RankReport, rank_report
-from reference_trainer.localisation.hybrid import hybrid_covariance, seen_by
+from reference_trainer.localisation.hybrid import (
+    blended_covariance,
+    hybrid_covariance,
+    seen_by,
+)
 from reference_trainer.localisation.report import CovarianceReport, RankMeans
 from reference_trainer.sample_covariance import fitted_factor
 
@@ -26,6 +30,7 @@ TITLES = {
     "true": "true",
     "sample": "fitted to the snapshots",
     "network": "network",
+    "blend": "blend",
     "hybrid": "hybrid",
 }
 
@@ -35,13 +40,16 @@ def factors(model: CovarianceNetwork, *, share: float) -> dict[str, Factor]:
 
     Args:
         model: in evaluation mode, on the device of the scenes.
-        share: of the fitted covariance in the hybrid.
+        share: of the fitted covariance in the blend.
     """
     return {
         "true": lambda _, scenes: scenes.true_factor,
         "sample": fitted_factor,
         "network": lambda _, scenes: seen_by(model, scenes).factor,
-        "hybrid": lambda physics, scenes: hybrid_covariance(model, physics, scenes, share=share),
+        "blend": lambda physics, scenes: blended_covariance(model, physics, scenes, share=share),
+        "hybrid": lambda physics, scenes: hybrid_covariance(
+            model, physics, scenes, scenes.num_sources
+        ),
     }
 
 

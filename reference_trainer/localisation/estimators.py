@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from reference_trainer.likelihood import SEARCH_GRID, maximum_likelihood, refine
-from reference_trainer.localisation.hybrid import hybrid_positions, seen_by
+from reference_trainer.local_fit import locally_fitted_factor
+from reference_trainer.localisation.hybrid import (
+    blended_covariance,
+    hybrid_positions,
+    network_positions,
+    sampled_positions,
+)
 from reference_trainer.music import music
 from reference_trainer.residual_search import GridShape
 from reference_trainer.sample_covariance import fitted_factor
@@ -79,7 +85,7 @@ def estimators(model: CovarianceNetwork, *, share: float) -> tuple[Estimator | R
 
     Args:
         model: in evaluation mode, on the device of the scenes.
-        share: of the fitted covariance in the hybrid, in [0, 1).
+        share: of the fitted covariance in the blend, in [0, 1).
     """
     return (*_from_snapshots(), *_from_network(model, share), *_from_covariances())
 
@@ -110,29 +116,39 @@ def _from_snapshots() -> tuple[Estimator, ...]:
 def _from_network(model: CovarianceNetwork, share: float) -> tuple[Estimator | Refinement, ...]:
     return (
         Estimator(
-            key="network_music",
-            title="network + MUSIC (hybrid)",
+            key="network_alone_music",
+            title="network alone + MUSIC",
             counted_by="head",
-            locate=lambda physics, scenes, count: hybrid_positions(
-                model, physics, scenes, count, share=share
-            ),
+            locate=lambda physics, scenes, count: network_positions(model, physics, scenes, count),
         ),
         Refinement(
             key="ml_network",
             title="network-started ML",
-            start="network_music",
+            start="network_alone_music",
             counted_by="head",
             refine=lambda physics, scenes, start: refine(physics, scenes, start).positions,
         ),
         Estimator(
-            key="network_alone_music",
-            title="network alone + MUSIC",
+            key="network_music",
+            title="network + MUSIC (hybrid)",
             counted_by="head",
+            locate=lambda physics, scenes, count: hybrid_positions(model, physics, scenes, count),
+        ),
+        Estimator(
+            key="blend_music",
+            title="MUSIC, blend",
+            counted_by=None,
             locate=lambda physics, scenes, count: music(
-                physics, seen_by(model, scenes).factor, count
+                physics, blended_covariance(model, physics, scenes, share=share), count
             ),
         ),
     )
+
+
+def _without_network(physics: ScenePhysics, scenes: Scenes, num_sources: Tensor) -> Positions:
+    """The hybrid without the network's proposals: what is left of it says what the network adds."""
+    sampled = sampled_positions(physics, scenes, num_sources)
+    return music(physics, locally_fitted_factor(physics, scenes, sampled), num_sources)
 
 
 def _from_covariances() -> tuple[Estimator, ...]:
@@ -150,6 +166,12 @@ def _from_covariances() -> tuple[Estimator, ...]:
             title="MUSIC, field estimate",
             counted_by="mdl",
             locate=lambda physics, scenes, count: music(physics, scenes.estimate, count),
+        ),
+        Estimator(
+            key="refitted_music",
+            title="hybrid without the network",
+            counted_by=None,
+            locate=_without_network,
         ),
         Estimator(
             key="true_music",

@@ -10,7 +10,7 @@ import torch
 
 from reference_trainer.likelihood import refine
 from reference_trainer.localisation.covariances import TITLES, factors
-from reference_trainer.localisation.hybrid import hybrid_positions
+from reference_trainer.localisation.hybrid import hybrid_positions, network_positions
 from reference_trainer.localisation.report import HIGH_SNR_DB
 from reference_trainer.music import pseudo_spectrum
 from reference_trainer.positions import Positions, true_positions
@@ -70,8 +70,9 @@ def example_of(subject: Subject, plan: Plan) -> Example:
     fits = (scenes.num_sources == WANTED_SOURCES) & (scenes.snr_db >= HIGH_SNR_DB)
     index = int(fits.int().argmax())
     scene = scenes.select(slice(index, index + 1)).to(plan.device)
-    coarse = hybrid_positions(model, physics, scene, scene.num_sources, share=plan.share)
-    fine = refine(physics, scene, coarse).positions
+    coarse = hybrid_positions(model, physics, scene, scene.num_sources)
+    start = network_positions(model, physics, scene, scene.num_sources)
+    fine = refine(physics, scene, start).positions
     made = {key: make(physics, scene) for key, make in factors(model, share=plan.share).items()}
     azimuth_deg, elevation_deg, spectrum_db = _spectrum(physics, made["hybrid"], scene)
     return Example(

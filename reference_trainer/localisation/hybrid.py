@@ -1,6 +1,9 @@
 """What a trained network contributes: a covariance, a count, and positions from the hybrid of both.
 
-The hybrid blends the covariance that the network predicts with one that is fitted to the snapshots.
+Two covariances are made of the network's and of those sampled from the snapshots. The *blend* is their
+weighted sum, as published. The *hybrid* is fitted to the snapshots again, on a fine dictionary around the
+places where each of them has a peak: the network proposes and the snapshots decide, so that a wrong
+proposal costs little, where a blend spoils the subspace of the better covariance.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from reference_trainer.covariance import hybrid_factor
 from reference_trainer.examples import network_input
 from reference_trainer.factors import joint_factor
+from reference_trainer.local_fit import locally_fitted_factor
 from reference_trainer.music import music
 from reference_trainer.sample_covariance import fitted_factor
 
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     from reference_trainer.scenes import Scenes
 
 SAMPLE_SHARE = 0.30
-"""Share of the fitted covariance in the hybrid: where the schedule of the published model ends."""
+"""Share of the fitted covariance in the blend: where the schedule of the published model ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,10 +65,10 @@ def seen_by(model: CovarianceNetwork, scenes: Scenes, *, batch_scenes: int = 64)
     return Seen(factor=torch.cat(factors), num_sources=torch.cat(counts))
 
 
-def hybrid_covariance(
+def blended_covariance(
     model: CovarianceNetwork, physics: ScenePhysics, scenes: Scenes, *, share: float = SAMPLE_SHARE
 ) -> Tensor:
-    """Return the factor of the hybrid covariance, complex64 ``[B, N, 26]``.
+    """Return the factor of the blend of both covariances, complex64 ``[B, N, 26]``.
 
     Args:
         model: as for :func:`seen_by`.
@@ -81,29 +85,54 @@ def hybrid_covariance(
     return hybrid_factor(predicted, fitted_factor(physics, scenes), share=share)
 
 
-def hybrid_positions(
-    model: CovarianceNetwork,
-    physics: ScenePhysics,
-    scenes: Scenes,
-    num_sources: Tensor,
-    *,
-    share: float = SAMPLE_SHARE,
+def network_positions(
+    model: CovarianceNetwork, physics: ScenePhysics, scenes: Scenes, num_sources: Tensor
 ) -> Positions:
-    """Return where the hybrid covariance says that the sources stand.
-
-    Everything that starts from a network starts here.
+    """Return where MUSIC on the network's covariance finds the sources: a start for the likelihood.
 
     Args:
         model: as for :func:`seen_by`.
         physics: what the scenes were drawn from.
         scenes: drawn with their field estimates.
         num_sources: int64 ``[B]``, from 0 to ``physics.max_sources``.
-        share: of the fitted covariance, in [0, 1).
 
     Raises:
-        ValueError: ``share`` or a number of sources is out of range.
+        ValueError: a number of sources is out of range.
 
     Sync: waits for the device often.
     """
-    factor = hybrid_covariance(model, physics, scenes, share=share)
+    return music(physics, seen_by(model, scenes).factor, num_sources)
+
+
+def sampled_positions(
+    physics: ScenePhysics, scenes: Scenes, num_sources: Tensor
+) -> tuple[Positions, ...]:
+    """Return where MUSIC on either sample covariance, fitted and estimated field, finds the sources.
+
+    Args and errors: as for :func:`network_positions`. Sync: waits for the device often.
+    """
+    sampled = (fitted_factor(physics, scenes), scenes.estimate)
+    return tuple(music(physics, factor, num_sources) for factor in sampled)
+
+
+def hybrid_covariance(
+    model: CovarianceNetwork, physics: ScenePhysics, scenes: Scenes, num_sources: Tensor
+) -> Tensor:
+    """Return the factor of the covariance that is fitted around all proposals, ``[B, N, 16]``.
+
+    Args, errors and Sync: as for :func:`network_positions`.
+    """
+    proposed = network_positions(model, physics, scenes, num_sources)
+    sampled = sampled_positions(physics, scenes, num_sources)
+    return locally_fitted_factor(physics, scenes, (proposed, *sampled))
+
+
+def hybrid_positions(
+    model: CovarianceNetwork, physics: ScenePhysics, scenes: Scenes, num_sources: Tensor
+) -> Positions:
+    """Return where the hybrid covariance says that the sources stand.
+
+    Args, errors and Sync: as for :func:`network_positions`.
+    """
+    factor = hybrid_covariance(model, physics, scenes, num_sources)
     return music(physics, factor, num_sources)

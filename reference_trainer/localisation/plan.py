@@ -24,7 +24,7 @@ class Plan:
         split: of the scenes.
         scenes: number of scenes.
         subset: the first of them, for the slow estimators.
-        share: of the fitted covariance in the hybrid.
+        share: of the fitted covariance in the blend.
         threads: torch's threads.
         device: where everything runs.
 

@@ -26,7 +26,7 @@ class Conditions:
         split: of the scenes.
         scenes: number of scenes: the first of the split.
         subset: the first of them, on which the slow estimators run as well.
-        sample_share: share of the fitted covariance in the hybrid.
+        sample_share: share of the fitted covariance in the blend.
         threads: torch's threads.
         device: where everything ran.
         versions: of Python and the libraries.
@@ -202,7 +202,7 @@ class NetworkReport:
             with the number of sources known and estimated.
         estimators: one entry for each, as in ``estimators``.
         counters: one entry for each way to count.
-        covariances: of the truth, the fit, the network and the hybrid.
+        covariances: of the truth, the fit, the network, their blend and the hybrid.
     """
 
     symbols: SymbolModel

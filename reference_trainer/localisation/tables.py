@@ -85,7 +85,7 @@ def _introduction(network: NetworkReport, conditions: Conditions) -> str:
         f"The scenes: the first {conditions.scenes} of split {conditions.split}, seed "
         f"{conditions.seed}; slow estimators run on the first {conditions.subset} of them. "
         f"{disjoint.reason[:1].upper()}{disjoint.reason[1:]}; the run was judged on {disjoint.watched} "
-        f"of these scenes while it trained. Share of the fitted covariance in the hybrid: "
+        f"of these scenes while it trained. Share of the fitted covariance in the blend: "
         f"{conditions.sample_share:g}. Device {conditions.device}, torch threads "
         f"{conditions.threads}; {libraries}. "
         "The bound is the median of its root. Error / bound is the median of error over bound of "
