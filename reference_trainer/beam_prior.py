@@ -100,7 +100,9 @@ def _powers(measured: Measured, seen: Tensor, rounds: int) -> Tensor:
         covariance.diagonal(dim1=-2, dim2=-1).add_(measured.noise[:, None, None])
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
         found = _squares(adjoint @ (inverse @ received)).sum(dim=(1, 3))
-        expected = (torch.view_as_real(inverse @ seen) * torch.view_as_real(seen)).sum(dim=(1, 2, 4))
+        expected = (torch.view_as_real(inverse @ seen) * torch.view_as_real(seen)).sum(
+            dim=(1, 2, 4)
+        )
         power = power * (found / expected.clamp_min(_SMALLEST)).square()
     return power
 

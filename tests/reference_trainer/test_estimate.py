@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from reference_trainer.beam_prior import beam_powers, beam_vectors
 from reference_trainer.estimate import beam_map
 from reference_trainer.physics import ScenePhysics
+from reference_trainer.sample_covariance import measurements, power_ratio
 from reference_trainer.scenes import Scenes, draw_scenes
 
 
@@ -50,17 +52,54 @@ def test_one_field_solves_all_equations_together() -> None:
 
 
 def test_changing_symbols_give_one_field_each() -> None:
-    """With a new symbol each snapshot, column l is the ridge solution of snapshot l alone."""
+    """With a new symbol each snapshot, column l is the mean of field l given snapshot l alone, under the
+    beam powers of the scene: ridge regression of the amplitudes of scaled beams.
+    """
     physics = ScenePhysics(symbols="iid")
     scenes = draw_scenes(physics, seed=5, split="train", indices=range(3))
+    powers = beam_powers(measurements(scenes, coherent=False)).double().numpy()
+    beams = beam_vectors(12).numpy().astype(np.complex128)
     for scene in range(3):
-        matrices, snapshots, ridge = sensing_matrices(scenes, scene)
+        matrices, snapshots, _ = sensing_matrices(scenes, scene)
+        noise = 10 ** (-float(scenes.snr_db[scene]) / 10)
+        scaled = beams * np.sqrt(powers[scene])
         fields = [
-            ridge_regression(matrix, right, ridge)
+            scaled @ ridge_regression(matrix @ scaled, right, noise)
             for matrix, right in zip(matrices, snapshots, strict=True)
         ]
         estimate = scenes.estimate[scene].numpy()
-        np.testing.assert_allclose(estimate, unit_power(np.stack(fields, 1)), rtol=0, atol=2e-4)
+        np.testing.assert_allclose(estimate, unit_power(np.stack(fields, 1)), rtol=0, atol=2e-3)
+
+
+def test_beams_are_those_of_the_beam_map() -> None:
+    """Each beam is the plane wave that peaks in one pixel of the map; they fill eleven of its rows."""
+    waves = beam_vectors(12).mT.unsqueeze(-1)
+    pixels = beam_map(waves).square().sum(-1)
+    found = [divmod(int(power.argmax()), 16) for power in pixels]
+    expected = [(row % 16, column) for row in range(-5, 6) for column in range(16)]
+    assert found == expected
+
+
+def test_beam_powers_are_those_of_the_fixed_point() -> None:
+    """One round from equal powers multiplies them by the squared ratio of the fitted covariance's own
+    rounds, which another formula computes.
+    """
+    scenes = draw_scenes(ScenePhysics(symbols="iid"), seed=5, split="train", indices=range(4))
+    measured = measurements(scenes, coherent=False)
+    start, once = (beam_powers(measured, rounds=rounds) for rounds in (0, 1))
+    seen = measured.sensing @ beam_vectors(12)
+    expected = start * power_ratio(measured, seen, start).square()
+    torch.testing.assert_close(once, expected, rtol=2e-3, atol=1e-9)
+
+
+def test_shared_powers_find_changing_symbols() -> None:
+    """With one source at 15 dB and more, most energy lies in its direction; a white prior leaves a tenth,
+    the share that 16 numbers can tell of 144.
+    """
+    physics = ScenePhysics(symbols="iid", most_sources=1, min_snr_db=15.0)
+    scenes = draw_scenes(physics, seed=2, split="train", indices=range(60))
+    inside = torch.linalg.vector_norm(scenes.true_basis.mH @ scenes.estimate, dim=(1, 2))
+    assert float(inside.square().median()) / 144 > 0.6
 
 
 @pytest.mark.parametrize("symbols", ["constant", "iid"])

@@ -98,24 +98,26 @@ def test_more_scenes_than_a_seed_has_are_refused() -> None:
 
 
 def test_a_curriculum_lowers_the_noise_floor_in_a_line() -> None:
-    """From 15 dB in the first epoch to that of the physics, where it stays; held-out scenes and all
-    but the noise level of a scene are the same with and without it.
+    """From 15 dB in the first epoch to that of the physics, where it stays, while the sources rise from
+    one to all; held-out scenes are the same with and without it.
     """
     physics = ScenePhysics()
-    floors = [eased(physics, done, 4).min_snr_db for done in range(7)]
-    assert floors == [15.0, 10.0, 5.0, 0.0, -5.0, -5.0, -5.0]
-    assert eased(physics, 0, 0) == physics
+    steps = [eased(physics, done, 4) for done in range(7)]
+    assert [one.min_snr_db for one in steps] == [15.0, 10.0, 5.0, 0.0, -5.0, -5.0, -5.0]
+    assert [one.drawn_sources for one in steps] == [1, 2, 3, 4, 5, 5, 5]
+    assert eased(physics, 0, 0) == eased(physics, 4, 4) == physics
     plain = draw_data(with_overrides(preset("smoke"), SETTINGS).scenes, device=CPU)
     settings = [*SETTINGS, "scenes.curriculum_epochs=2"]
     easy = draw_data(with_overrides(preset("smoke"), settings).scenes, device=CPU)
     assert torch.equal(easy.held_out.scenes.snapshots, plain.held_out.scenes.snapshots)
-    for epoch, lowest_db in ((0, 15.0), (1, 5.0), (2, -5.0)):
+    for epoch, lowest_db, most in ((0, 15.0, 1), (1, 5.0, 3), (2, -5.0, 5)):
         index = torch.arange(4) + 4 * epoch
         one, other = (data.training.select(index).scenes for data in (easy, plain))
         assert (one.snr_db >= lowest_db).all()
         unit = (other.snr_db + 5.0) / 25.0
         assert torch.allclose(one.snr_db, lowest_db + unit * (20.0 - lowest_db), atol=1e-4)
-        assert torch.equal(one.true_factor, other.true_factor)
+        assert most < 5 or torch.equal(one.true_factor, other.true_factor)
+        assert one.num_sources.max() <= most
 
 
 def test_a_curriculum_needs_fresh_scenes() -> None:
