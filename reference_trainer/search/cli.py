@@ -28,7 +28,7 @@ from reference_trainer.search.study import SearchPlan
 from reference_trainer.search.terminal import SearchTerminal
 from reference_trainer.settings import config_keys, preset, with_overrides
 
-DEFAULT_PRESET = "overfit"
+DEFAULT_PRESET = "production"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -328,7 +328,7 @@ def test_help_explains_every_option_and_range(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--preset", "nothing"], "known are overfit, smoke"),
+        (["--preset", "nothing"], "known are overfit, production, smoke"),
         (["--set", "optimization.epoch=3"], "did you mean 'optimization.epochs'"),
         (["--set", "network.dropout=2"], "setting network.dropout: got '2'"),
         (["--storage", "study"], "give journal:FILE or a database URL"),
