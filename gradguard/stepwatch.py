@@ -26,7 +26,7 @@ from gradguard.drift import DriftMeter, averaged_distance
 from gradguard.gate import StepGate
 from gradguard.gradient_samples import GradientSamples
 from gradguard.holdings import Holdings
-from gradguard.norms import nonfinite_counts, tensor_norms
+from gradguard.norms import NormPlan, nonfinite_counts, norm_plan, tensor_norms
 from gradguard.scaler import (
     innermost_optimizer,
     loss_scale,
@@ -115,6 +115,7 @@ class OptimizerWatch:
         self._ended_s: float | None = None
         self._meter: DriftMeter | None = None
         self._held = self._hold()
+        self._planned: tuple[list[int], NormPlan] | None = None
         self._backwards = BackwardCounter(self._held.parameters)
         self._samples = GradientSamples(self._held.parameters)
         self._had_gradient: set[str] = set()
@@ -164,7 +165,7 @@ class OptimizerWatch:
     def _refresh(self) -> None:
         """Notice added groups and parameters that were given new storage."""
         if not self._held.are_current(self._optimizer, thorough=self._is_detailed()):
-            self._held = self._hold()
+            self._held, self._planned = self._hold(), None
             self._backwards.listen(self._held.parameters)
             self._samples.listen(self._held.parameters)
 
@@ -253,13 +254,19 @@ class OptimizerWatch:
                 draft.put(f"samples:{key}", value)
         if not present:
             return
-        norms = tensor_norms(present)
+        norms = tensor_norms(present, plan=self._norm_plan(draft.with_gradient, present))
         draft.put("norms", norms if scale is None else norms / scale.to(norms.device))
         if draft.detailed:
             draft.put("paths", tensor_norms(present, order=1))
         if self._alert_steps:
             draft.put("counts", nonfinite_counts(present))
             self._alert_steps = max(0, self._alert_steps - 1)
+
+    def _norm_plan(self, places: list[int], present: list[Tensor]) -> NormPlan:
+        """Return how to read the norms, worked out anew when other parameters have a gradient."""
+        if self._planned is None or self._planned[0] != places:
+            self._planned = places, norm_plan(present)
+        return self._planned[1]
 
     def _measure_averaged(self, draft: Draft) -> None:
         pairs = [
