@@ -15,7 +15,6 @@ from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -172,11 +171,6 @@ class OptimizerWatch:
     def _is_detailed(self) -> bool:
         return self._steps < _EARLY_STEPS or self._steps % self._settings.detail_every == 0
 
-    @property
-    def device(self) -> torch.device:
-        """Where the first parameter lives."""
-        return self._held.device
-
     # --- the step ------------------------------------------------------------------------------
 
     def _begin(self, *, closure: bool) -> None:
@@ -250,8 +244,8 @@ class OptimizerWatch:
         present = [g for g in gradients if g is not None]
         scale = getattr(self._optimizer, "grad_scale", None)  # fused: the step itself unscales
         if not self._closure:  # a closure makes and clears gradients as often as it is called
-            for key, value in self._samples.readings(gradients, scale).items():
-                draft.put(f"samples:{key}", value)
+            for key, values in self._samples.readings(gradients, scale).items():
+                draft.tensors[f"samples:{key}"] = values
         if not present:
             return
         norms = tensor_norms(present, plan=self._norm_plan(draft.with_gradient, present))
@@ -428,7 +422,7 @@ class OptimizerWatch:
         decision = draft.decision_of()
         if decision is not None and not decision.allowed:
             return False
-        flags = [draft.tensors[key] for key in ("found_inf", "veto") if key in draft.tensors]
+        flags = [flag for key in ("found_inf", "veto") for flag in draft.tensors.get(key, ())]
         if draft is self._pending and reading is not None and reading.found_inf is not None:
             flags.append(reading.found_inf)
         return not any(bool((flag != 0).any()) for flag in flags)
