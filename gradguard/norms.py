@@ -69,9 +69,7 @@ def dense_values(tensor: Tensor) -> Tensor:
     return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
 
 
-def tensor_norms(
-    tensors: Sequence[Tensor], *, order: int = 2, plan: NormPlan | None = None
-) -> Tensor:
+def tensor_norms(tensors: Sequence[Tensor], *, order: int = 2) -> Tensor:
     """Return the norm of every tensor as a vector of shape ``(len(tensors),)``: L2, or L1 with order 1.
 
     The L1 norm is 0 exactly when every entry is 0; the squares of an L2 norm underflow below 1e-23.
@@ -80,23 +78,32 @@ def tensor_norms(
     float32, or float64 when an input is. A norm can be infinite although every entry is finite: in
     float32 that begins at entries of about 1.8e19.
 
-    Args:
-        tensors: dense, sparse or distributed ones, in any mixture.
-        order: 2 or 1.
-        plan: :func:`norm_plan` of tensors like these; without one it is worked out here, which costs as much
-            as the norms of small tensors. One that no longer fits costs time and changes no norm.
-
     Sync: none (see :func:`dense_values` for uncoalesced sparse tensors).
     """
     if not tensors:
         return torch.zeros(0)
+    if order == 2 and tensors[0].device.type == "cpu":
+        return planned_norms(tensors, norm_plan(tensors))
     with torch.no_grad():
-        if order == 2 and tensors[0].device.type == "cpu":
-            try:
-                return _norms_by_plan(tensors, plan or norm_plan(tensors))
-            except RuntimeError:
-                pass  # several devices, or a plan that no longer fits
         return _norms_together(tensors, order)
+
+
+def planned_norms(tensors: Sequence[Tensor], plan: NormPlan) -> Tensor:
+    """Return the L2 norms of :func:`tensor_norms`, without working out anew how they are read best.
+
+    Args:
+        tensors: at least one, of any kind.
+        plan: of tensors like these; one that does not fit costs time and changes no norm.
+
+    Sync: as for :func:`tensor_norms`.
+    """
+    with torch.no_grad():
+        if tensors[0].device.type == "cpu":
+            try:
+                return _norms_by_plan(tensors, plan)
+            except RuntimeError:
+                pass  # several devices, or a plan that does not fit
+        return _norms_together(tensors, 2)
 
 
 def _norms_together(tensors: Sequence[Tensor], order: int) -> Tensor:
@@ -136,7 +143,10 @@ class NormPlan:
 
 
 def norm_plan(tensors: Sequence[Tensor]) -> NormPlan:
-    """Return the plan for these tensors, and for all that are like them. Sync: none."""
+    """Return the plan for these tensors, and for all that are like them.
+
+    Making it costs as much as the norms of small tensors. Sync: none.
+    """
     shapes: dict[torch.Size, list[int]] = {}
     large: list[int] = []
     others: list[int] = []

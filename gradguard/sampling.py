@@ -72,7 +72,7 @@ class SampleLayout:
     """How the samples lie.
 
     Attributes:
-        parameters: index of the parameter each sample belongs to, int64.
+        parameters: index of the parameter each sample belongs to, int32.
         sections: how many samples each section holds, in order.
         weights: how many values each sample stands for.
         error_weights: factor of its fourth power in the sampling variance of a sum of squares:
@@ -190,7 +190,7 @@ class ParameterSample:
         every = _repeated(weights, sizes, wide).to(device, non_blocking=True)
         run_lengths = _repeated(lengths, sizes, wide).to(device, non_blocking=True)
         return SampleLayout(
-            parameters=_repeated(owners, sizes, torch.int64).to(device, non_blocking=True),
+            parameters=_repeated(owners, sizes, torch.int32).to(device, non_blocking=True),
             sections=counts,
             weights=every,
             error_weights=run_lengths * (every - 1) * every,

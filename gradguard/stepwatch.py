@@ -25,7 +25,7 @@ from gradguard.drift import DriftMeter, averaged_distance
 from gradguard.gate import StepGate
 from gradguard.gradient_samples import GradientSamples
 from gradguard.holdings import Holdings
-from gradguard.norms import NormPlan, nonfinite_counts, norm_plan, tensor_norms
+from gradguard.norms import NormPlan, nonfinite_counts, norm_plan, planned_norms, tensor_norms
 from gradguard.scaler import (
     innermost_optimizer,
     loss_scale,
@@ -248,7 +248,7 @@ class OptimizerWatch:
                 draft.tensors[f"samples:{key}"] = values
         if not present:
             return
-        norms = tensor_norms(present, plan=self._norm_plan(draft.with_gradient, present))
+        norms = planned_norms(present, self._norm_plan(draft.with_gradient, present))
         draft.put("norms", norms if scale is None else norms / scale.to(norms.device))
         if draft.detailed:
             draft.put("paths", tensor_norms(present, order=1))
