@@ -1,7 +1,7 @@
 """Carries small device tensors to the host in batches, a few steps late, without waiting.
 
-The values of a step are packed into one 1-D tensor and queued. When enough of them are queued (or the
-oldest is old enough), they are copied to the host together: on an accelerator into pinned memory behind an
+The tensors of a step are queued as they are. When enough steps are queued (or the oldest is old enough), all
+are packed into one tensor and copied to the host together: on an accelerator into pinned memory behind an
 event that is only polled, never waited for; on the CPU directly.
 """
 
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from gradguard.sampling import wide_dtype
 
 T = TypeVar("T")
 
@@ -31,7 +34,7 @@ class _Flight(Generic[T]):
 
 
 class DeferredRows(Generic[T]):
-    """A queue of ``(token, 1-D tensor)`` rows that are delivered as lists of floats, in order.
+    """A queue of tokens with tensors, which are delivered as lists of floats, in order.
 
     Args:
         deliver: called with every token and its values once they are on the host.
@@ -45,13 +48,18 @@ class DeferredRows(Generic[T]):
         self, deliver: Callable[[T, list[float]], None], *, lag: int, max_age_s: float
     ) -> None:
         self._deliver, self._lag, self._max_age_s = deliver, lag, max_age_s
-        self._queued: list[tuple[T, Tensor]] = []
+        self._queued: list[tuple[T, Sequence[Tensor]]] = []
         self._flights: deque[_Flight[T]] = deque()
         self._last_departure_s = time.monotonic()
 
-    def push(self, token: T, values: Tensor) -> None:
-        """Queue one row and deliver what has arrived. Sync: none."""
-        self._queued.append((token, values))
+    def push(self, token: T, pieces: Sequence[Tensor]) -> None:
+        """Queue one row and deliver what has arrived. Sync: none.
+
+        Args:
+            token: handed back with the values.
+            pieces: the values, of any shape and dtype; they must not be written any more.
+        """
+        self._queued.append((token, pieces))
         self.poll()
 
     def poll(self) -> None:
@@ -74,20 +82,36 @@ class DeferredRows(Generic[T]):
 
     def _depart(self) -> None:
         tokens = [token for token, _ in self._queued]
-        rows = [row for _, row in self._queued]
+        sizes = [sum(map(Tensor.numel, pieces)) for _, pieces in self._queued]
+        every = [piece for _, pieces in self._queued for piece in pieces]
         self._queued = []
         self._last_departure_s = time.monotonic()
-        # Towards the accelerator: in the other direction every row would be waited for.
-        home = next((row.device for row in rows if row.device.type != "cpu"), rows[0].device)
-        packed = torch.cat([row.to(home, non_blocking=True) for row in rows])
+        packed = _packed(every)
         host, event = _start_copy(packed)
-        self._flights.append(_Flight(tokens, [len(row) for row in rows], host, packed, event))
+        self._flights.append(_Flight(tokens, sizes, host, packed, event))
 
     def _land(self, flight: _Flight[T]) -> None:
         values, start = flight.host.tolist(), 0
         for token, size in zip(flight.tokens, flight.sizes, strict=True):
             self._deliver(token, values[start : start + size])
             start += size
+
+
+def _packed(pieces: Sequence[Tensor]) -> Tensor:
+    """Return all values one after the other, in wide precision. Sync: none."""
+    if not pieces:
+        return torch.zeros(0)
+    # Towards the accelerator: in the other direction every piece would be waited for.
+    home = next((p.device for p in pieces if p.device.type != "cpu"), pieces[0].device)
+    wide = wide_dtype(home)
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        for kind, some in groupby(pieces, lambda piece: (piece.dim(), piece.dtype, piece.device)):
+            alike = list(some)
+            # Most pieces are single numbers: together they take one kernel.
+            flat = [torch.stack(alike)] if kind[0] == 0 else [one.reshape(-1) for one in alike]
+            parts += [one.to(home, wide, non_blocking=True) for one in flat]
+        return torch.cat(parts)
 
 
 def _start_copy(packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

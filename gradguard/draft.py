@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradguard.drift import DriftLayout, DriftReport
@@ -36,7 +35,7 @@ class Draft:
         ran: whether the optimizer's ``step`` was entered and returned.
         decision_of: asks the gate for its verdict on this step; None while it is on the device.
         activity: host values of the :class:`WindowReading`, by field.
-        tensors: 1-D device values by field.
+        tensors: device values by field, of any shape; they must not change any more.
     """
 
     step: int
@@ -53,17 +52,17 @@ class Draft:
     wall_s: float | None = None
     guard_s: float = 0.0
     ended_unix_s: float | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Sequence[Tensor]] = field(default_factory=dict)
     layout: list[tuple[str, int]] = field(default_factory=list)
     activity: dict[str, Any] = field(default_factory=dict)
 
     def put(self, field_name: str, value: Tensor | None) -> None:
         """Add device values under a field name; None is "not measured"."""
         if value is not None:
-            self.tensors[field_name] = value.detach().reshape(-1)
+            self.tensors[field_name] = (value,)
 
-    def pack(self, device: torch.device) -> Tensor:
-        """Return all device values as one 1-D tensor and remember where each lies. Sync: none."""
+    def pack(self) -> list[Tensor]:
+        """Return all device values in one list and remember where each lies. Sync: none."""
         for key, mean in self.window.means.items():
             value = mean.value()
             if isinstance(value, Tensor):
@@ -74,12 +73,12 @@ class Draft:
                 self.put(f"weight:{key}", value)
         for index, rate in enumerate(self.learning_rates):
             if isinstance(rate, Tensor):
-                self.put(f"rate:{index}", rate)
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.layout = [(name, len(value)) for name, value in self.tensors.items()]
-        pieces = [v.to(device, wide, non_blocking=True) for v in self.tensors.values()]
+                self.put(f"rate:{index}", rate.detach().clone())  # a scheduler writes over it
+        fields = self.tensors.items()
+        self.layout = [(name, sum(map(Tensor.numel, values))) for name, values in fields]
+        pieces = [piece for values in self.tensors.values() for piece in values]
         self.tensors = {}
-        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=wide, device=device)
+        return pieces
 
     def unpack(self, values: Sequence[float]) -> Values:
         """Return the values of :meth:`pack`, back on the host, by field name."""

@@ -165,36 +165,34 @@ class DriftMeter:
         after = self._sample.take()
         layout = self._sample.layout()
         wide = layout.weights.dtype
-        runs = (before.to(wide), after.to(wide), layout.weights, layout.error_weights)
+        terms = _terms(before.to(wide), after.to(wide))
+        factors = (layout.weights, layout.error_weights, layout.weights, layout.weights)
+        pairs = list(zip(factors, terms, strict=True))
         if detailed:
+            summands = torch.stack([factor * term for factor, term in pairs], dim=1)
             sums = torch.zeros(len(self._parameters), _FIELDS, dtype=wide, device=before.device)
-            return sums.index_add_(0, layout.parameters, _summands(*runs)).reshape(-1)
-        parts = zip(*(torch.split(run, layout.sections) for run in runs), strict=True)
-        return torch.stack([sum_ for part in parts for sum_ in _whole_sums(*part)])
+            return sums.index_add_(0, layout.parameters, summands).reshape(-1)
+        fields = [_dots(factor, term, layout.sections) for factor, term in pairs]
+        return torch.stack([value for row in zip(*fields, strict=True) for value in row])
 
 
-def _whole_sums(
-    before: Tensor, after: Tensor, weights: Tensor, error_weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return update^2, its sampling variance, values moved, weight^2, all 0-dim.
+def _dots(factor: Tensor, term: Tensor, sections: list[int]) -> list[Tensor]:
+    """Return one dot product for each section of both."""
+    if len(sections) == 1:
+        return [torch.dot(factor, term)]
+    parts = zip(torch.split(factor, sections), torch.split(term, sections), strict=True)
+    return [torch.dot(*part) for part in parts]
+
+
+def _terms(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return by sample: update^2, its square, whether it moved, weight^2; both inputs are written over.
 
     A value has moved where the square of its difference is not 0; in float64 that never underflows.
     """
-    square = (after - before).square_()
-    return (
-        torch.dot(weights, square),
-        torch.dot(error_weights, square * square),
-        torch.dot(weights, (square != 0).to(weights.dtype)),
-        torch.dot(weights * before, before),
-    )
-
-
-def _summands(before: Tensor, after: Tensor, weights: Tensor, error_weights: Tensor) -> Tensor:
-    """Return what :func:`_whole_sums` adds up, of shape ``(n, 4)``."""
-    square = (after - before).square_()
-    moved = weights * (square != 0)
-    error = error_weights * square * square
-    return torch.stack((weights * square, error, moved, weights * before * before), dim=1)
+    square = after.sub_(before).square_()
+    moved = torch.empty_like(square)
+    torch.ne(square, 0, out=moved)
+    return square, square * square, moved, before.square_()
 
 
 def _exact_sums(before: Tensor, after: Tensor) -> Tensor:

@@ -270,7 +270,7 @@ class StepGate:
     def _veto_on_device(self, local: Readings[Tensor], parameters: Sequence[Tensor]) -> None:
         judgement = self._judge(local)
         self._veto_flag = judgement.vetoed.float()
-        self._late.push(parameters, judgement.packed)
+        self._late.push(parameters, (judgement.packed,))
         self._flag.put_up(self._optimizer, self._veto_flag)
 
     def _veto_by_hiding(self, local: Readings[Tensor], parameters: Sequence[Tensor]) -> None:

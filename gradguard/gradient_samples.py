@@ -19,6 +19,8 @@ from gradguard.sampling import wide_dtype
 
 _PARAMETERS = 3
 _VALUES = 256
+NO_GRADIENT = -1.0
+"""Stands for the norm where there was no gradient."""
 _MICRO_STEPS = 64
 """Micro-steps of one window whose beginnings are kept; more are counted as the last of these."""
 
@@ -27,9 +29,11 @@ _MICRO_STEPS = 64
 class _Tracked:
     """What the hooks of one parameter leave behind; holds no parameter."""
 
-    before: list[Tensor | None] = field(default_factory=list)  # squared norm; None for no gradient
+    before: list[Tensor | None] = field(default_factory=list)  # norm; None for no gradient
     after: Tensor | None = None
-    broken: Tensor | None = None
+    every: Tensor | None = (
+        None  # sum of all norms after a backward: not finite if one of them was not
+    )
 
 
 class GradientSamples:
@@ -39,6 +43,7 @@ class GradientSamples:
         self._handles = ExitStack()
         self._chosen: list[int] = []
         self._tracked: list[_Tracked] = []
+        self._nothing = torch.tensor(NO_GRADIENT)
         self.listen(parameters)
 
     def listen(self, parameters: Sequence[Tensor]) -> None:
@@ -47,6 +52,9 @@ class GradientSamples:
         fit = [i for i, p in enumerate(parameters) if p.requires_grad and _can_be_sampled(p)]
         self._chosen = sorted({fit[0], fit[len(fit) // 2], fit[-1]}) if fit else []
         self._tracked = [_Tracked() for _ in self._chosen]
+        if fit:
+            home = parameters[fit[0]].device
+            self._nothing = torch.full((), NO_GRADIENT, dtype=wide_dtype(home), device=home)
         for index, tracked in zip(self._chosen, self._tracked, strict=True):
             parameter = parameters[index]
             before = parameter.register_hook(_Before(tracked, parameter))  # type: ignore[no-untyped-call]
@@ -56,44 +64,38 @@ class GradientSamples:
 
     def readings(
         self, gradients: Sequence[Tensor | None], scale: Tensor | None
-    ) -> Mapping[str, Tensor]:
-        """Return squared norms by name as 1-D tensors; empty when no backward pass was seen. Sync: none.
+    ) -> Mapping[str, Sequence[Tensor]]:
+        """Return norms by name, 0-dim each; empty when no backward pass was seen. Sync: none.
 
-        ``carried``: before every micro-step (-1 for no gradient at all), of the parameter that saw most of
-        them; ``backward``: after the last one; ``step``: now; ``broken``: values that were not finite.
+        ``carried``: before every micro-step (:data:`NO_GRADIENT` for none at all), of the parameter that saw
+        most of them. Of each parameter: ``backward``: after the last one; ``step``: now; ``every``: sum of
+        those after every one.
 
         Args:
             gradients: of all parameters, in the order given to :meth:`listen`.
             scale: what the gradients are still multiplied by, for a fused optimizer; None for nothing.
         """
-        seen = [
-            (i, t) for i, t in zip(self._chosen, self._tracked, strict=True) if t.after is not None
-        ]
+        pairs = zip(self._chosen, self._tracked, strict=True)
+        seen = [(i, t) for i, t in pairs if t.after is not None]
         if not seen:
             return {}
         busiest = max((t for _, t in seen), key=lambda one: len(one.before))
-        after = torch.stack([t.after for _, t in seen if t.after is not None])
         found = {
-            "carried": torch.stack(
-                [torch.full_like(after[0], -1.0) if b is None else b for b in busiest.before]
-            ),
-            "backward": after.sum().reshape(1),
-            "broken": torch.stack([t.broken for _, t in seen if t.broken is not None])
-            .sum()
-            .reshape(1),
+            "carried": [self._nothing if norm is None else norm for norm in busiest.before],
+            "backward": [t.after for _, t in seen if t.after is not None],
+            "every": [t.every for _, t in seen if t.every is not None],
         }
         now = [gradients[i] for i, _ in seen]
-        present = [_square(g) for g in now if g is not None and _can_be_sampled(g)]
+        present = [_norm(g) for g in now if g is not None and _can_be_sampled(g)]
         if present:
-            total = torch.stack(present).sum().reshape(1)
-            found["step"] = total if scale is None else total / scale.to(total) ** 2
+            found["step"] = present if scale is None else [n / scale.to(n) for n in present]
         return found
 
     def reset(self) -> None:
         """Forget what was seen; the next window begins."""
         for tracked in self._tracked:
             tracked.before.clear()
-            tracked.after = tracked.broken = None
+            tracked.after = tracked.every = None
 
     def close(self) -> None:
         """Remove every hook."""
@@ -117,7 +119,7 @@ class _Before:
             return
         held = parameter.grad
         usable = held is not None and _can_be_sampled(held)
-        self._tracked.before.append(_square(held) if usable and held is not None else None)
+        self._tracked.before.append(_norm(held) if usable and held is not None else None)
 
 
 class _After:
@@ -131,34 +133,35 @@ class _After:
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is None or not _can_be_sampled(parameter.grad):
             return
-        square = _square(parameter.grad)
-        broken = (~square.isfinite()).to(square.dtype)
-        earlier = self._tracked.broken
-        self._tracked.broken = broken if earlier is None else broken + earlier
-        self._tracked.after = square
+        norm, earlier = _norm(parameter.grad), self._tracked.every
+        self._tracked.every = norm if earlier is None else norm + earlier
+        self._tracked.after = norm
 
 
 def _can_be_sampled(tensor: Tensor) -> bool:
     """Whether a fixed sample of the values can be looked at without a copy of all of them."""
-    plain = tensor.layout is torch.strided and not hasattr(tensor, "to_local")
+    simple = type(tensor) is Tensor or not hasattr(tensor, "to_local")
+    plain = simple and tensor.layout is torch.strided
     return plain and tensor.numel() > 0 and tensor.dtype.itemsize > 1 and not tensor.is_meta
 
 
-def _square(tensor: Tensor) -> Tensor:
-    """Return the sum of squares of at most 256 values at fixed places, 0-dim, in wide precision. Sync: none."""
-    values = tensor.detach()
+def _norm(tensor: Tensor) -> Tensor:
+    """Return the norm of at most 256 values at fixed places, 0-dim, in wide precision. Sync: none."""
+    values = tensor.detach() if tensor.requires_grad else tensor  # with create_graph=True
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
-    count = min(_VALUES, values.numel())
-    if values.numel() > count:
-        dense = values.is_contiguous() or _is_channels_last(values)
+    if values.numel() > _VALUES:
         # Any order of the values will do, as long as it is the same at every reading.
-        stride = values.numel() // count
+        stride = values.numel() // _VALUES
+        dense = values.is_contiguous() or _is_channels_last(values)
         values = (
-            values.as_strided((count,), (stride,)) if dense else values.flatten()[::stride][:count]
+            values.as_strided((_VALUES,), (stride,))
+            if dense
+            else values.flatten()[::stride][:_VALUES]
         )
-    wide = values.reshape(-1).to(wide_dtype(values.device))
-    return torch.dot(wide, wide)
+    # One kernel: after a backward pass none of this code is in the processor's cache any more.
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide_dtype(values.device))
+    return norm
 
 
 def _is_channels_last(values: Tensor) -> bool:

@@ -9,7 +9,6 @@ from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -111,8 +110,7 @@ class Guard:
                 for key, value in values.items():
                     watch.observe(key, value)
 
-        with torch.no_grad():
-            self._protect("observe", work)
+        self._protect("observe", work)
         if self._sensors is not None:
             self._sensors.observed(values)
             if targets is not None:
@@ -359,7 +357,7 @@ class Guard:
         if draft.detailed:
             self._protect("setup", self._read_surroundings)
         draft.guard_s, self._spent_s = self._spent_s, 0.0
-        self._protect("records", lambda: self._rows.push((watch, draft), draft.pack(watch.device)))
+        self._protect("records", lambda: self._rows.push((watch, draft), draft.pack()))
 
     def protect(self, part: str, work: Callable[[], None]) -> None:
         """Run ``work``; a fault switches ``part`` off and becomes a finding."""

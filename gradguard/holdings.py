@@ -18,7 +18,6 @@ class Holdings:
         parameters: the tensors; emptied by :meth:`let_go`.
         names: their names.
         group_sizes: number of parameters per group.
-        device: where the first one lives.
     """
 
     def __init__(self, optimizer: Optimizer, names: Mapping[int, str], *, label: str) -> None:
@@ -28,7 +27,6 @@ class Holdings:
             names.get(id(p), f"{label}.parameter {i}") for i, p in enumerate(self.parameters)
         ]
         self.group_sizes = [len(group["params"]) for group in groups]
-        self.device = self.parameters[0].device
         self._identities = [id(p) for p in self.parameters]
         self._outline = _outline(groups)
         self._places = _places(self.parameters)

@@ -20,6 +20,8 @@ _VALUES_PER_SAMPLE = 256
 _LEAST_PER_TENSOR = 64
 _TABLE_MIN_ROWS = 1024
 _TABLE_ROWS, _TABLE_COLUMNS = 8, 16
+_LINE = 16
+"""How many float32 values one fetch from memory brings: a run that begins with one needs no second one."""
 
 
 def sample_quota(
@@ -60,6 +62,8 @@ def sample_runs(tensor: Tensor, quota: int) -> list[Tensor]:
     runs = max(2, min(len(flat) // _VALUES_PER_RUN, quota // _SHORTEST_RUN))
     length = quota // runs
     gap = (len(flat) - length) // (runs - 1)
+    if gap >= _LINE**2:
+        gap -= gap % _LINE
     return [flat[index * gap : index * gap + length] for index in range(runs)]
 
 
@@ -68,7 +72,7 @@ class SampleLayout:
     """How the samples lie.
 
     Attributes:
-        parameters: index of the parameter each sample belongs to, int64.
+        parameters: index of the parameter each sample belongs to, int32.
         sections: how many samples each section holds, in order.
         weights: how many values each sample stands for.
         error_weights: factor of its fourth power in the sampling variance of a sum of squares:
@@ -108,19 +112,39 @@ class ParameterSample:
         edges = list(accumulate(sections, initial=0))
         self._sections = [_Section(self._runs, range(a, b)) for a, b in pairwise(edges)]
         self._rows: dict[int, Tensor] = {}
+        self._starts: dict[int, Tensor] = {}
         self._layouts: dict[tuple[tuple[int, int], ...], SampleLayout] = {}
         self.counts = [sum(run.numel() for run in runs) for runs in self._runs]
         self.totals = [dense_values(p).numel() for p in self._parameters]
         partly = zip(self._parameters, self.counts, strict=True)
         self._tables = [i for i, (p, seen) in enumerate(partly) if _is_table(p, seen)]
+        matrices = [i for i in self._tables if self._parameters[i].dim() == 2]
+        self._columns = {i: _first_columns(self._parameters[i]) for i in matrices}
 
     def aim(self, gradients: Sequence[Tensor | None]) -> None:
         """Choose the extra positions of large tables from their gradients. Sync: none."""
         self._rows = {}
         for index in self._tables:
-            rows = _largest_rows(gradients[index])
+            rows = self._largest_rows(index, gradients[index])
             if rows is not None:
                 self._rows[index] = rows
+
+    def _largest_rows(self, index: int, gradient: Tensor | None) -> Tensor | None:
+        """Return indices of rows with a large gradient; None without one. Sync: none."""
+        if gradient is None or gradient.numel() == 0:
+            return None
+        if gradient.layout is torch.sparse_coo:
+            rows = gradient._indices()[0, :_TABLE_ROWS]
+            return rows.clone() if len(rows) else None
+        if gradient.layout is not torch.strided:
+            return None
+        first = gradient.detach().flatten(1)[:, 0].abs()
+        # The largest of each eighth: a search for the eight largest of all takes several times as long.
+        step = len(first) // _TABLE_ROWS
+        eighths = first.unfold(0, len(first) - (_TABLE_ROWS - 1) * step, step)
+        if index not in self._starts:
+            self._starts[index] = torch.arange(_TABLE_ROWS, device=first.device) * step
+        return eighths.argmax(1) + self._starts[index]
 
     def take(self) -> Tensor:
         """Return a copy of the sampled values, 1-D. Sync: none."""
@@ -128,11 +152,19 @@ class ParameterSample:
         for section in self._sections:
             pieces += section.pieces()
             pieces += [
-                _table_rows(self._parameters[index], rows)
+                self._table_values(index, rows)
                 for index, rows in self._rows.items()
                 if index in section.members
             ]
         return torch.cat(pieces)
+
+    def _table_values(self, index: int, rows: Tensor) -> Tensor:
+        columns = self._columns.get(index)
+        if (
+            columns is None
+        ):  # of more dimensions, which may have to be copied to become one row each
+            columns = _first_columns(self._parameters[index].flatten(1))
+        return columns.index_select(0, rows).view(-1)
 
     def layout(self) -> SampleLayout:
         """Return the layout of what :meth:`take` returns now. Sync: none."""
@@ -158,7 +190,7 @@ class ParameterSample:
         every = _repeated(weights, sizes, wide).to(device, non_blocking=True)
         run_lengths = _repeated(lengths, sizes, wide).to(device, non_blocking=True)
         return SampleLayout(
-            parameters=_repeated(owners, sizes, torch.int64).to(device, non_blocking=True),
+            parameters=_repeated(owners, sizes, torch.int32).to(device, non_blocking=True),
             sections=counts,
             weights=every,
             error_weights=run_lengths * (every - 1) * every,
@@ -193,19 +225,21 @@ class _Section:
         self.order = (*many, *few)
         self._blocks = [_block(runs[index]) for index in many]
         self._views = [run for index in few for run in runs[index]]
+        if self._blocks:
+            sizes = [block.numel() for block in self._blocks]
+            copied = torch.empty(sum(sizes), dtype=self._blocks[0].dtype)
+            parts = zip(torch.split(copied, sizes), self._blocks, strict=True)
+            self._targets = [part.view_as(block) for part, block in parts]
+            self._views.insert(0, copied)
 
     def pieces(self) -> list[Tensor]:
-        """Return the values of the blocks, copied, and views of all others. Sync: none."""
-        if not self._blocks:
-            return self._views
-        sizes = [block.numel() for block in self._blocks]
-        copied = torch.empty(sum(sizes), dtype=self._blocks[0].dtype)
-        targets = [
-            part.view_as(block)
-            for part, block in zip(torch.split(copied, sizes), self._blocks, strict=True)
-        ]
-        torch._foreach_copy_(targets, self._blocks)
-        return [copied, *self._views]
+        """Return the values of the blocks, copied, and views of all others. Sync: none.
+
+        The next call writes over them.
+        """
+        if self._blocks:
+            torch._foreach_copy_(self._targets, self._blocks)
+        return self._views
 
 
 def _is_block(runs: list[Tensor], first: Tensor | None) -> bool:
@@ -232,23 +266,6 @@ def _is_table(parameter: Tensor, seen: int) -> bool:
     )
 
 
-def _largest_rows(gradient: Tensor | None) -> Tensor | None:
-    """Return indices of rows with a large gradient; None without one. Sync: none."""
-    if gradient is None or gradient.numel() == 0:
-        return None
-    if gradient.layout is torch.sparse_coo:
-        rows = gradient._indices()[0, :_TABLE_ROWS]
-        return rows.clone() if len(rows) else None
-    if gradient.layout is not torch.strided:
-        return None
-    first = gradient.detach().flatten(1)[:, 0].abs()
-    # The largest of each eighth: a search for the eight largest of all takes several times as long.
-    step = len(first) // _TABLE_ROWS
-    eighths = first.unfold(0, len(first) - (_TABLE_ROWS - 1) * step, step)
-    starts = torch.arange(_TABLE_ROWS, device=first.device) * step
-    return eighths.argmax(1) + starts
-
-
-def _table_rows(parameter: Tensor, rows: Tensor) -> Tensor:
-    columns = parameter.detach().flatten(1)[:, :_TABLE_COLUMNS]
-    return columns.index_select(0, rows).reshape(-1)
+def _first_columns(matrix: Tensor) -> Tensor:
+    """Return a view of the first columns."""
+    return matrix.detach()[:, :_TABLE_COLUMNS]

@@ -15,7 +15,6 @@ from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -26,7 +25,7 @@ from gradguard.drift import DriftMeter, averaged_distance
 from gradguard.gate import StepGate
 from gradguard.gradient_samples import GradientSamples
 from gradguard.holdings import Holdings
-from gradguard.norms import nonfinite_counts, tensor_norms
+from gradguard.norms import NormPlan, nonfinite_counts, norm_plan, planned_norms, tensor_norms
 from gradguard.scaler import (
     innermost_optimizer,
     loss_scale,
@@ -115,6 +114,7 @@ class OptimizerWatch:
         self._ended_s: float | None = None
         self._meter: DriftMeter | None = None
         self._held = self._hold()
+        self._planned: tuple[list[int], NormPlan] | None = None
         self._backwards = BackwardCounter(self._held.parameters)
         self._samples = GradientSamples(self._held.parameters)
         self._had_gradient: set[str] = set()
@@ -164,17 +164,12 @@ class OptimizerWatch:
     def _refresh(self) -> None:
         """Notice added groups and parameters that were given new storage."""
         if not self._held.are_current(self._optimizer, thorough=self._is_detailed()):
-            self._held = self._hold()
+            self._held, self._planned = self._hold(), None
             self._backwards.listen(self._held.parameters)
             self._samples.listen(self._held.parameters)
 
     def _is_detailed(self) -> bool:
         return self._steps < _EARLY_STEPS or self._steps % self._settings.detail_every == 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first parameter lives."""
-        return self._held.device
 
     # --- the step ------------------------------------------------------------------------------
 
@@ -249,17 +244,23 @@ class OptimizerWatch:
         present = [g for g in gradients if g is not None]
         scale = getattr(self._optimizer, "grad_scale", None)  # fused: the step itself unscales
         if not self._closure:  # a closure makes and clears gradients as often as it is called
-            for key, value in self._samples.readings(gradients, scale).items():
-                draft.put(f"samples:{key}", value)
+            for key, values in self._samples.readings(gradients, scale).items():
+                draft.tensors[f"samples:{key}"] = values
         if not present:
             return
-        norms = tensor_norms(present)
+        norms = planned_norms(present, self._norm_plan(draft.with_gradient, present))
         draft.put("norms", norms if scale is None else norms / scale.to(norms.device))
         if draft.detailed:
             draft.put("paths", tensor_norms(present, order=1))
         if self._alert_steps:
             draft.put("counts", nonfinite_counts(present))
             self._alert_steps = max(0, self._alert_steps - 1)
+
+    def _norm_plan(self, places: list[int], present: list[Tensor]) -> NormPlan:
+        """Return how to read the norms, worked out anew when other parameters have a gradient."""
+        if self._planned is None or self._planned[0] != places:
+            self._planned = places, norm_plan(present)
+        return self._planned[1]
 
     def _measure_averaged(self, draft: Draft) -> None:
         pairs = [
@@ -421,7 +422,7 @@ class OptimizerWatch:
         decision = draft.decision_of()
         if decision is not None and not decision.allowed:
             return False
-        flags = [draft.tensors[key] for key in ("found_inf", "veto") if key in draft.tensors]
+        flags = [flag for key in ("found_inf", "veto") for flag in draft.tensors.get(key, ())]
         if draft is self._pending and reading is not None and reading.found_inf is not None:
             flags.append(reading.found_inf)
         return not any(bool((flag != 0).any()) for flag in flags)

@@ -22,7 +22,8 @@ class Mean:
         """Add one value; a tensor is copied, so that later writes to it do not matter. Sync: none."""
         if isinstance(value, Tensor):
             wide = torch.float32 if value.device.type == "mps" else torch.float64
-            value = value.detach().reshape(()).to(wide, copy=True)
+            value = value.detach().to(wide, copy=True)
+            value = value.reshape(()) if value.dim() else value
         if isinstance(value, Tensor) and isinstance(self.total, Tensor):
             value = value.to(self.total.device, non_blocking=True)
         self.total = value if self.count == 0 else self.total + value
@@ -30,7 +31,7 @@ class Mean:
 
     def value(self) -> Number:
         """Return the mean of what was added. Sync: none."""
-        return self.total / self.count
+        return self.total if self.count == 1 else self.total / self.count
 
 
 @dataclass(slots=True)

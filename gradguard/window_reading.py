@@ -18,7 +18,7 @@ def window_reading(
 
     Args:
         activity: host values by field.
-        found: device values by name: ``samples:...`` are squared norms of the sampled gradient,
+        found: device values by name: ``samples:...`` are norms of the sampled gradient,
             ``weight:...`` derivatives with respect to observed values, ``scale_before`` the loss scale.
         hooked: how many observed values could have been reached, by key.
     """
@@ -49,16 +49,17 @@ def _samples(found: Values, scale: float) -> dict[str, Any]:
     if carried is None:
         return {}
     return {
-        "fresh_micro_steps": sum(square <= 0.0 for square in carried),
-        "carried_norm": _root(max(carried[0], 0.0)),
-        "backward_norm": _divided(_root(found["samples:backward"][0]), scale),
-        "step_norm": _root(found["samples:step"][0]) if "samples:step" in found else None,
-        "backward_nonfinite": found["samples:broken"][0] != 0,
+        "fresh_micro_steps": sum(norm <= 0.0 for norm in carried),
+        "carried_norm": max(carried[0], 0.0),
+        "backward_norm": _divided(_together(found["samples:backward"]), scale),
+        "step_norm": _together(found["samples:step"]) if "samples:step" in found else None,
+        "backward_nonfinite": not all(map(math.isfinite, found["samples:every"])),
     }
 
 
-def _root(square: float) -> float:
-    return math.sqrt(square) if square >= 0 else math.nan
+def _together(norms: Sequence[float]) -> float:
+    """Return the norm of all values; NaN where one is NaN, which hypot forgets beside an infinity."""
+    return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
 
 
 def _divided(value: float, scale: float) -> float:

@@ -44,12 +44,14 @@ class BatchWatch:
         self._read: dict[tuple[str, str], int] = {}
         self._inputs: Tensor | None = None
 
-    @torch.no_grad()
     def given(self, inputs: list[Tensor]) -> None:
         """Read what a training forward was given. Sync: none."""
         self._inputs = None
-        if not self._is_due(TRAIN, "forward"):
-            return
+        if self._is_due(TRAIN, "forward"):
+            self._read_given(inputs)
+
+    @torch.no_grad()
+    def _read_given(self, inputs: list[Tensor]) -> None:
         for index, one in enumerate(inputs[:2]):
             self._put(_name("inputs", index), one, split=TRAIN, source="forward")
         if self._detailed() and inputs and is_readable(inputs[0]) and inputs[0].dim():

@@ -47,11 +47,11 @@ class FactQueue:
         flat = {name: value.detach().reshape(-1) for name, value in values.items()}
         layout = tuple((name, len(value)) for name, value in flat.items())
         if not flat:  # in the queue all the same: facts keep their order
-            self._rows.push(_Pending(make, ()), torch.zeros(0, dtype=torch.float64))
+            self._rows.push(_Pending(make, ()), ())
             return
         home = next(iter(flat.values())).device
         pieces = [value.to(home, non_blocking=True) for value in flat.values()]
-        self._rows.push(_Pending(make, layout), torch.cat(pieces).to(wide_dtype(home)))
+        self._rows.push(_Pending(make, layout), (torch.cat(pieces).to(wide_dtype(home)),))
 
     def poll(self) -> None:
         """Hand on what has arrived. Sync: none."""

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradguard as gg
+from gradguard.norms import norm_plan, planned_norms
 
 KINDS = {
     "float32": lambda g: torch.randn(5, 3, generator=g),
@@ -91,3 +92,68 @@ def test_nothing_is_written():
     gg.nonfinite_counts([dense, sparse])
     assert (dense._version, sparse._version) == versions
     assert not sparse.is_coalesced()
+
+
+SHAPES = [(), (3,), (53,), (53, 53), (4, 5, 6), (4096,), (17, 241), (300, 300)]
+VALUES = [0.0, 1.0, -2.5, 1e-40, 1e25, math.inf, -math.inf, math.nan]
+CASTS = [torch.float32] * 6 + [torch.float16, torch.bfloat16, torch.float64]
+
+
+@st.composite
+def small_tensors(draw):
+    """Return many tensors of few shapes, mostly float32, some with a special value or a strange stride."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    tensors = []
+    for _ in range(draw(st.integers(1, 20))):
+        shape = draw(st.sampled_from(SHAPES))
+        tensor = torch.randn(shape, generator=generator)
+        if draw(st.booleans()):
+            place = draw(st.integers(0, tensor.numel() - 1))
+            tensor.view(-1)[place] = draw(st.sampled_from(VALUES))
+        if draw(st.booleans()) and tensor.dim() > 1:
+            tensor = tensor.transpose(0, 1).contiguous().transpose(0, 1)
+        tensors.append(tensor.to(draw(st.sampled_from(CASTS))))
+    return tensors
+
+
+def is_norm_of(tensor, norm):
+    """Whether it is the norm in float64, or infinite where squares overflow in float32.
+
+    Which of the two a large finite entry gives depends on whether a float64 tensor shares its kernel.
+    """
+    wide = tensor.double()
+    if math.isinf(norm) and float(wide.abs().max()) > 1.8e19:
+        return not wide.isnan().any()
+    exact = float(torch.linalg.vector_norm(wide))
+    return norm == pytest.approx(exact, rel=1e-5, abs=1e-22, nan_ok=True)
+
+
+@given(tensors=small_tensors())
+def test_many_small_tensors_have_the_norms_of_each_alone(tensors):
+    """Tensors that share a kernel have the norms that float64 gives one by one, NaN and Inf included."""
+    found = gg.tensor_norms(tensors).tolist()
+    assert all(is_norm_of(t, norm) for t, norm in zip(tensors, found, strict=True))
+
+
+@given(planned=small_tensors(), tensors=small_tensors())
+def test_a_plan_for_other_tensors_changes_no_norm(planned, tensors):
+    """With a plan that no longer fits, in number, shape, dtype or stride, the norms are right all the same."""
+    found = planned_norms(tensors, norm_plan(planned)).tolist()
+    assert all(is_norm_of(t, norm) for t, norm in zip(tensors, found, strict=True))
+
+
+def test_a_plan_survives_gradients_turned_half():
+    """Large tensors that became fp16 since they were planned are not accumulated in fp16."""
+    large = torch.full((300, 300), 300.0)
+    halves = [large.half(), torch.ones(3).half()]
+    found = planned_norms(halves, norm_plan([large, torch.ones(3)]))
+    assert found.tolist() == pytest.approx([90_000.0, math.sqrt(3)], rel=1e-3)
+
+
+def test_tensors_of_one_shape_share_a_kernel():
+    """300 small tensors of two shapes are read with a few operations, and copied 131,072 values at a time."""
+    tensors = [torch.randn(53, 53) if i % 2 else torch.randn(53) for i in range(300)]
+    plan = norm_plan(tensors)
+    assert plan.others == plan.large == ()
+    assert len(plan.alike) == 5
+    assert all(sum(t.numel() for t in pick(tensors)) <= 2**17 for pick in plan.alike)
