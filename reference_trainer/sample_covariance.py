@@ -71,12 +71,7 @@ class Atoms:
 
 @torch.no_grad()
 def fitted_factor(
-    physics: ScenePhysics,
-    scenes: Scenes,
-    *,
-    columns: int = 16,
-    chunk_scenes: int = 32,
-    fine: bool = True,
+    physics: ScenePhysics, scenes: Scenes, *, columns: int = 16, chunk_scenes: int = 32
 ) -> Tensor:
     """Return the factor of the fitted covariance, complex64 ``[B, N, columns]``, of trace N.
 
@@ -88,7 +83,6 @@ def fitted_factor(
         scenes: what was received, the codes, the channel and the signal-to-noise ratio are read.
         columns: strongest eigenvectors of the fitted covariance to keep.
         chunk_scenes: scenes worked on together.
-        fine: False leaves the neighbours out: enough for who only wants to know where to look.
 
     Raises:
         ValueError: ``columns`` is below 1.
@@ -99,21 +93,18 @@ def fitted_factor(
         raise ValueError(f"fitting a covariance: columns is {columns}; expected at least 1")
     grid = search_grid(physics, oversampling=OVERSAMPLING, device=scenes.snapshots.device)
     parts = [
-        _fitted(physics, grid, scenes.select(slice(start, start + chunk_scenes)), columns, fine)
+        _fitted(physics, grid, scenes.select(slice(start, start + chunk_scenes)), columns)
         for start in range(0, len(scenes), chunk_scenes)
     ]
     return torch.cat(parts)
 
 
-def _fitted(
-    physics: ScenePhysics, grid: SearchGrid, scenes: Scenes, columns: int, fine: bool
-) -> Tensor:
+def _fitted(physics: ScenePhysics, grid: SearchGrid, scenes: Scenes, columns: int) -> Tensor:
     measured = measurements(scenes, coherent=physics.symbols == "constant")
     atoms = _screened(grid, measured).strongest(COARSE_ATOMS)
-    atoms, vectors = refitted(physics, measured, atoms, COARSE_ROUNDS)
-    if fine:
-        atoms = _with_neighbours(physics, grid, atoms.strongest(FINE_SEEDS))
-        atoms, vectors = refitted(physics, measured, atoms, FINE_ROUNDS)
+    atoms, _ = refitted(physics, measured, atoms, COARSE_ROUNDS)
+    atoms = _with_neighbours(physics, grid, atoms.strongest(FINE_SEEDS))
+    atoms, vectors = refitted(physics, measured, atoms, FINE_ROUNDS)
     return principal_factor(vectors * atoms.power.sqrt()[:, None, :], columns=columns)
 
 
