@@ -154,7 +154,7 @@ def _quadratic_forms(matrix: Tensor, vectors: Tensor) -> Tensor:
     """``d^H M d`` of every column d of ``vectors`` ``[N, G]`` and every M ``[B, N, N]``: ``[B, G]``."""
     rows = matrix.reshape(-1, matrix.shape[-1]) @ vectors
     products = torch.view_as_real(rows.reshape(len(matrix), *vectors.shape))
-    return (products * torch.view_as_real(vectors)).sum(dim=(1, 3))
+    return (products * torch.view_as_real(vectors)).sum(dim=1).sum(-1)
 
 
 def refitted(
@@ -177,9 +177,9 @@ def refitted(
 def power_ratio(measured: Measured, seen: Tensor, power: Tensor) -> Tensor:
     """Power of each atom in the whitened measurements over what the fit expects of it, ``[B, A]``."""
     filtered, whitened = _whitened(measured, seen * power[:, None, None, :], seen)
-    matched = (filtered.mH @ whitened.unsqueeze(-1)).squeeze(-1)
-    measured_power = torch.view_as_real(matched).square().sum(dim=(1, 3))
-    expected = torch.view_as_real(filtered).square().sum(dim=(1, 2, 4))
+    matched = whitened.unsqueeze(-2).conj() @ filtered  # a row: no adjoint of all atoms is made
+    measured_power = torch.view_as_real(matched).square().sum(dim=(1, 2)).sum(-1)
+    expected = torch.view_as_real(filtered).square().sum(dim=(1, 2)).sum(-1)
     return measured_power / expected.clamp_min(_SMALLEST)
 
 
