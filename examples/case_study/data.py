@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from examples.case_study.faults import Fault
-from reference_trainer.channel import mean_power
-from reference_trainer.estimate import estimate_field
 from reference_trainer.examples import Examples, make_examples
-from reference_trainer.factors import gram, squared_norm
+from reference_trainer.factors import gram, scale_to_trace, squared_norm
 from reference_trainer.physics import ScenePhysics
 from reference_trainer.scenes import Scenes, draw_scenes
 
@@ -59,12 +57,21 @@ def centred_estimate(scenes: Scenes) -> Tensor:
 
     The sources are coherent: what is the same in all snapshots is the signal.
     """
-    known = (scenes.snapshots, scenes.codes, scenes.channel, scenes.snr_db)
-    field = estimate_field(*(part.numpy() for part in known), coherent=False)
-    field = field - field.mean(axis=-1, keepdims=True)
-    return torch.from_numpy(
-        field / mean_power(field)[:, None, None] ** 0.5 / field.shape[-1] ** 0.5
-    )
+    field = _fields_by_ridge(scenes)
+    field = field - field.mean(dim=-1, keepdim=True)
+    return scale_to_trace(field)
+
+
+def _fields_by_ridge(scenes: Scenes) -> Tensor:
+    """Return the field of each snapshot alone, by ridge regression, ``[B, N, L]``."""
+    sensing = scenes.channel[:, None] * scenes.codes[:, :, None, :]
+    row_power = sensing.abs().square().sum(dim=-1).mean(dim=(1, 2))
+    covariance = sensing @ sensing.mH
+    ridge = row_power * torch.pow(10.0, -scenes.snr_db / 10)
+    covariance.diagonal(dim1=-2, dim2=-1).add_(ridge[:, None, None])
+    whitened = torch.linalg.solve(covariance, scenes.snapshots.unsqueeze(-1))
+    fields: Tensor = (sensing.mH @ whitened).squeeze(-1).mT
+    return fields
 
 
 def signal_over_chance(examples: Examples) -> float:

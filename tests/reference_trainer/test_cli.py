@@ -109,7 +109,7 @@ def test_short_options_win_over_set(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--preset", "nothing"], "known are overfit, smoke"),
+        (["--preset", "nothing"], "known are overfit, production, smoke"),
         (["--set", "optimization.epoch=3"], "did you mean 'optimization.epochs'"),
         (["--set", "optimization.epochs"], "write section.key=value"),
         (["--epochs", "many"], "setting optimization.epochs: got 'many'"),
