@@ -31,9 +31,7 @@ class _Tracked:
 
     before: list[Tensor | None] = field(default_factory=list)  # norm; None for no gradient
     after: Tensor | None = None
-    every: Tensor | None = (
-        None  # sum of all norms after a backward: not finite if one of them was not
-    )
+    every: Tensor | None = None  # sum of the norms after each backward: not finite if one was not
 
 
 class GradientSamples:

@@ -160,9 +160,7 @@ class ParameterSample:
 
     def _table_values(self, index: int, rows: Tensor) -> Tensor:
         columns = self._columns.get(index)
-        if (
-            columns is None
-        ):  # of more dimensions, which may have to be copied to become one row each
+        if columns is None:  # more dimensions, which may have to be copied to become one row each
             columns = _first_columns(self._parameters[index].flatten(1))
         return columns.index_select(0, rows).view(-1)
 

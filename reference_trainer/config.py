@@ -288,4 +288,4 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
     }
 )
 """``overfit``: memorise 256 scenes, 240 steps; ``production``: learn from 432,000 fresh scenes, in an hour
-on two cores of which one multiplies matrices in bfloat16; ``smoke``: does everything run, in seconds."""
+on a core that multiplies matrices in bfloat16; ``smoke``: does everything run, in seconds."""
