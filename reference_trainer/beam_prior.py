@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reference_trainer.sample_covariance import Measured, signal_power
+from reference_trainer.sample_covariance import Measured, power_ratio, signal_power
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,6 @@ ROUNDS = 3
 BEAMS_ALONG_AXIS = 16
 HIGHEST_BEAM = 5
 """Vertical beams reach to 5 of 8 steps, a sine of 0.63; sources lie within 30 degrees of elevation."""
-
-_SMALLEST = 1e-12
 
 
 @lru_cache(maxsize=4)
@@ -91,21 +89,8 @@ def _seen_beams(measured: Measured) -> Tensor:
 
 
 def _powers(measured: Measured, seen: Tensor, rounds: int) -> Tensor:
-    """As ``sample_covariance.refitted``, but for many atoms of few numbers, where copies would cost most."""
     elements, beams = measured.sensing.shape[-1], seen.shape[-1]
     power = (signal_power(measured) / (elements * beams))[:, None].expand(-1, beams)
-    adjoint, received = seen.mH.resolve_conj(), measured.received.unsqueeze(-1)
     for _ in range(rounds):
-        covariance = (seen * power[:, None, None, :]) @ adjoint
-        covariance.diagonal(dim1=-2, dim2=-1).add_(measured.noise[:, None, None])
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-        found = _squares(adjoint @ (inverse @ received)).sum(dim=(1, 3))
-        expected = (torch.view_as_real(inverse @ seen) * torch.view_as_real(seen)).sum(
-            dim=(1, 2, 4)
-        )
-        power = power * (found / expected.clamp_min(_SMALLEST)).square()
+        power = power * power_ratio(measured, seen, power).square()
     return power
-
-
-def _squares(values: Tensor) -> Tensor:
-    return values.real.square() + values.imag.square()

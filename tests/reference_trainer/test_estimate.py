@@ -11,7 +11,7 @@ import torch
 from reference_trainer.beam_prior import beam_powers, beam_vectors
 from reference_trainer.estimate import beam_map
 from reference_trainer.physics import ScenePhysics
-from reference_trainer.sample_covariance import measurements, power_ratio
+from reference_trainer.sample_covariance import measurements
 from reference_trainer.scenes import Scenes, draw_scenes
 
 
@@ -81,15 +81,23 @@ def test_beams_are_those_of_the_beam_map() -> None:
 
 
 def test_beam_powers_are_those_of_the_fixed_point() -> None:
-    """One round from equal powers multiplies them by the squared ratio of the fitted covariance's own
-    rounds, which another formula computes.
+    """One round from equal powers multiplies them by a squared ratio: the power of each beam in the
+    whitened snapshots over what is expected of it, beam by beam from dense inverses in double precision.
     """
-    scenes = draw_scenes(ScenePhysics(symbols="iid"), seed=5, split="train", indices=range(4))
+    scenes = draw_scenes(ScenePhysics(symbols="iid"), seed=5, split="train", indices=range(2))
     measured = measurements(scenes, coherent=False)
-    start, once = (beam_powers(measured, rounds=rounds) for rounds in (0, 1))
-    seen = measured.sensing @ beam_vectors(12)
-    expected = start * power_ratio(measured, seen, start).square()
-    torch.testing.assert_close(once, expected, rtol=2e-3, atol=1e-9)
+    start, once = (beam_powers(measured, rounds=rounds).numpy() for rounds in (0, 1))
+    beams = beam_vectors(12).numpy().astype(np.complex128)
+    for scene in range(2):
+        matrices, snapshots, _ = sensing_matrices(scenes, scene)
+        noise = 10 ** (-float(scenes.snr_db[scene]) / 10)
+        found = expected = np.zeros(len(beams.T))
+        for matrix, received in zip(matrices, snapshots, strict=True):
+            seen = matrix @ beams
+            inverse = np.linalg.inv(seen * start[scene] @ seen.conj().T + noise * np.eye(16))
+            found = found + np.abs(seen.conj().T @ inverse @ received) ** 2
+            expected = expected + np.einsum("mg,mn,ng->g", seen.conj(), inverse, seen).real
+        np.testing.assert_allclose(once[scene], start[scene] * (found / expected) ** 2, rtol=2e-3)
 
 
 def test_shared_powers_find_changing_symbols() -> None:
