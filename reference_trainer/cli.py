@@ -195,8 +195,12 @@ def evaluate(
         float, typer.Option(help="Share of the fitted covariance in the blend.")
     ] = SAMPLE_SHARE,
     threads: Annotated[
-        int, typer.Option(help="torch's threads; on small machines two can be slower.")
+        int,
+        typer.Option(help="torch's threads, of each worker; one is fastest where cores are few."),
     ] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Batches of scenes at the same time; as many as there are cores.")
+    ] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "cpu",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all results here.")
@@ -219,6 +223,7 @@ def evaluate(
         subset=min(200, scenes) if subset is None else subset,
         share=share,
         threads=threads,
+        workers=workers,
         device=device_of(device).type,
     )
     evaluate_runs(runs, plan, json_file=json_file, figures=figures, losses=losses)

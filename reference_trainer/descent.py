@@ -28,7 +28,7 @@ ANGLE_MARGIN_RAD = math.radians(2.0)
 RANGE_MARGIN = 1.1
 """Estimates of the range lie between the smallest over this and the largest times this."""
 
-_FIRST_DAMPING = 1e-2
+FIRST_DAMPING = 1e-2
 _ROUND = 4
 """Steps between two looks at which scenes have converged."""
 
@@ -37,7 +37,7 @@ _WORTH_COPYING = 0.75
 
 _LEAST_DAMPING = 1e-6
 _LONGEST_STEP_RAD = 0.1
-_CONVERGED = 1e-3
+CONVERGED = 1e-3
 """Stop when a step promises less than this share of the noise power: far under any error bar."""
 
 
@@ -76,11 +76,20 @@ def allowed_region(physics: ScenePhysics) -> tuple[Tensor, Tensor]:
 
 def projection_at(physics: ScenePhysics, blocks: SensingBlocks, parameters: Tensor) -> Projection:
     """Return the residual with slope and curvature in the parameters ``[B, K, 3]``. Sync: none."""
+    columns = received_columns(physics, blocks, parameters)
+    return project(columns, blocks.target, blocks.energy)
+
+
+def received_columns(physics: ScenePhysics, blocks: SensingBlocks, parameters: Tensor) -> Tensor:
+    """Return what is received of the sources and of their derivatives, complex ``[B, S, 4 K, R]``.
+
+    The K steering vectors, then their derivatives in azimuth, elevation and 1 / range. Sync: none.
+    """
     range_m = parameters[..., 2].reciprocal()
     vectors, slopes = steering_derivatives(physics, parameters[..., 0], parameters[..., 1], range_m)
     by_range = slopes[..., 2, :] * -range_m.square().unsqueeze(-1)
     rows = torch.cat((vectors, slopes[..., 0, :], slopes[..., 1, :], by_range), dim=1)
-    return project(sensed(blocks, rows), blocks.target, blocks.energy)
+    return sensed(blocks, rows)
 
 
 def descend(physics: ScenePhysics, blocks: SensingBlocks, start: Tensor, *, iterations: int) -> Fit:
@@ -98,14 +107,13 @@ def descend(physics: ScenePhysics, blocks: SensingBlocks, start: Tensor, *, iter
     Sync: once every few iterations, to see which scenes have converged.
     """
     region = tuple(edge.to(start.device) for edge in allowed_region(physics))
-    damping = torch.full_like(blocks.energy, _FIRST_DAMPING)
-    state = _State(start.clamp(*region), damping, torch.ones_like(damping, dtype=torch.bool))
-    parameters, residual = start.clone(), torch.empty_like(damping)
+    state = _first(physics, blocks, start.clamp(*region))
+    parameters, residual = start.clone(), torch.empty_like(state.damping)
     scenes = torch.arange(len(blocks), device=start.device)
     for first in range(0, iterations, _ROUND):
-        steps = min(_ROUND, iterations - first)
-        state, found = _round(physics, blocks, state, region, steps=steps)
-        parameters[scenes], residual[scenes] = state.parameters, found
+        for _ in range(min(_ROUND, iterations - first)):
+            state = _stepped(physics, blocks, state, region)
+        parameters[scenes], residual[scenes] = state.parameters, state.here.residual
         going = state.moving.nonzero().squeeze(-1)
         if not len(going):
             break
@@ -116,60 +124,77 @@ def descend(physics: ScenePhysics, blocks: SensingBlocks, start: Tensor, *, iter
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Where the descent stands: parameters ``[B, K, 3]``, damping ``[B]``, and who still moves."""
+    """Where the descent stands, what is seen there, damping ``[B]``, and who still moves."""
 
     parameters: Tensor
+    here: Projection
     damping: Tensor
     moving: Tensor
 
     def select(self, index: Tensor) -> _State:
-        return _State(self.parameters[index], self.damping[index], self.moving[index])
+        here = self.here.select(index)
+        return _State(self.parameters[index], here, self.damping[index], self.moving[index])
 
 
-def _round(
-    physics: ScenePhysics,
-    blocks: SensingBlocks,
-    state: _State,
-    region: tuple[Tensor, ...],
-    *,
-    steps: int,
-) -> tuple[_State, Tensor]:
-    """Try some steps: the new state, and the residual ``[B]``."""
-    parameters, damping, moving = state.parameters, state.damping, state.moving
-    here = projection_at(physics, blocks, parameters)
-    for _ in range(steps):
-        step = _step(here, damping, _blocked(parameters, here.slope, region))
-        trial = (parameters + _by_source(step)).clamp(*region)
-        there = projection_at(physics, blocks, trial)
-        # A scene that has converged stands still, or it would depend on its neighbours in the batch.
-        better = moving & (there.residual < here.residual)
-        moving = moving & ((step * here.slope).sum(-1) > _CONVERGED * blocks.noise_power)
-        parameters = torch.where(better[:, None, None], trial, parameters)
-        here = there.where(better, here)
-        damping = torch.where(better, (damping / 5).clamp_min(_LEAST_DAMPING), damping * 8)
-    return _State(parameters, damping, moving), here.residual
+def _first(physics: ScenePhysics, blocks: SensingBlocks, parameters: Tensor) -> _State:
+    damping = torch.full_like(blocks.energy, FIRST_DAMPING)
+    moving = torch.ones_like(damping, dtype=torch.bool)
+    return _State(parameters, projection_at(physics, blocks, parameters), damping, moving)
 
 
-def _by_source(flat: Tensor) -> Tensor:
-    """``[B, 3 K]``, coordinate slow, as ``[B, K, 3]``."""
+def _stepped(
+    physics: ScenePhysics, blocks: SensingBlocks, state: _State, region: tuple[Tensor, ...]
+) -> _State:
+    """Try one step of every scene that still moves."""
+    parameters, here, damping = state.parameters, state.here, state.damping
+    step = damped_step(
+        here.slope, here.curvature, damping, blocked_by(region, parameters, here.slope)
+    )
+    trial = (parameters + by_source(step)).clamp(*region)
+    there = projection_at(physics, blocks, trial)
+    # A scene that has converged stands still, or it would depend on its neighbours in the batch.
+    better = state.moving & (there.residual < here.residual)
+    moving = state.moving & ((step * here.slope).sum(-1) > CONVERGED * blocks.noise_power)
+    parameters = torch.where(better[:, None, None], trial, parameters)
+    return _State(parameters, there.where(better, here), next_damping(damping, better), moving)
+
+
+def by_source(flat: Tensor) -> Tensor:
+    """Return ``[B, 3 K]``, coordinate slow, as ``[B, K, 3]``."""
     return flat.reshape(len(flat), 3, -1).mT
 
 
-def _blocked(parameters: Tensor, slope: Tensor, region: tuple[Tensor, ...]) -> Tensor:
-    """Which coordinates ``[B, 3 K]`` stand at the edge of the region and want out."""
+def blocked_by(region: tuple[Tensor, ...], parameters: Tensor, slope: Tensor) -> Tensor:
+    """Return which coordinates ``[B, 3 K]`` stand at the edge of the region and want out."""
     low, high = region
-    downhill = _by_source(slope)
+    downhill = by_source(slope)
     out = ((parameters <= low) & (downhill < 0)) | ((parameters >= high) & (downhill > 0))
     return out.mT.flatten(1)
 
 
-def _step(here: Projection, damping: Tensor, blocked: Tensor) -> Tensor:
-    """The damped Newton step ``[B, 3 K]``: nothing blocked moves, no angle further than the limit."""
-    diagonal = here.curvature.diagonal(dim1=-2, dim2=-1)
+def damped_step(slope: Tensor, curvature: Tensor, damping: Tensor, blocked: Tensor) -> Tensor:
+    """Return the damped Newton step ``[B, 3 K]``.
+
+    Nothing blocked moves, and no angle further than the limit.
+
+    Args:
+        slope: downhill, float64 ``[B, 3 K]``.
+        curvature: float64 ``[B, 3 K, 3 K]``.
+        damping: share of each diagonal element that is added to it, float64 ``[B]``.
+        blocked: bool ``[B, 3 K]``.
+
+    Sync: none on the CPU; on CUDA as ``torch.linalg.solve_ex``.
+    """
+    diagonal = curvature.diagonal(dim1=-2, dim2=-1)
     scale = diagonal.clamp_min(1e-30).rsqrt().masked_fill(blocked, 0.0)
-    unit = here.curvature * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    unit = curvature * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     loaded = unit + torch.diag_embed(damping.unsqueeze(-1) + blocked.to(scale.dtype))
-    solved = torch.linalg.solve_ex(loaded, (here.slope * scale).unsqueeze(-1)).result
+    solved = torch.linalg.solve_ex(loaded, (slope * scale).unsqueeze(-1)).result
     step: Tensor = solved.squeeze(-1) * scale
     angles = step[:, : 2 * (step.shape[1] // 3)].abs().amax(-1, keepdim=True)
     return step * (_LONGEST_STEP_RAD / angles.clamp_min(_LONGEST_STEP_RAD))
+
+
+def next_damping(damping: Tensor, better: Tensor) -> Tensor:
+    """Return less damping where a step was better, more elsewhere, ``[B]``. Sync: none."""
+    return torch.where(better, (damping / 5).clamp_min(_LEAST_DAMPING), damping * 8)

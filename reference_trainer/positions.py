@@ -53,6 +53,15 @@ class Positions:
         """Return some of the scenes: a slice shares memory, an index tensor ``[n]`` copies."""
         return Positions(**{name: value[index] for name, value in self._tensors()})
 
+    def replaced(self, index: Tensor, other: Positions) -> Positions:
+        """Return these with the scenes ``index`` (int64 ``[n]``) taken from ``other``, of n scenes."""
+        return Positions(
+            **{
+                name: value.index_copy(0, index, getattr(other, name))
+                for name, value in self._tensors()
+            }
+        )
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, getattr(self, name)) for name in self.__slots__)
 

@@ -47,6 +47,15 @@ class Projection:
             symbols=torch.where(wanted[:, None, None], self.symbols, other.symbols),
         )
 
+    def select(self, index: Tensor) -> Projection:
+        """Return some of the scenes, copied."""
+        return Projection(
+            residual=self.residual[index],
+            slope=self.slope[index],
+            curvature=self.curvature[index],
+            symbols=self.symbols[index],
+        )
+
 
 def project(columns: Tensor, target: Tensor, energy: Tensor) -> Projection:
     """Return the residual with its slope and curvature.

@@ -10,7 +10,6 @@ Axes: B scenes of equally many sources K, S blocks, R equations of a block, G gr
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,33 +105,29 @@ def mend(
     physics: ScenePhysics,
     blocks: SensingBlocks,
     grid: Grid,
+    response: GridResponse,
     fit: Fit,
     *,
     rounds: int,
-    tolerance: float,
 ) -> Fit:
-    """Return the fit with wrong sources replaced, in scenes that noise alone does not explain.
+    """Return the fit with wrong sources replaced.
 
     In each round the source that explains least is taken out, and looked for again on the grid. A
-    scene in which that did not help has no further round.
+    scene in which that did not help has no further round. Every scene has a first one: at a low
+    signal-to-noise ratio a source may be wrong though noise alone would explain what is left.
 
     Args:
         physics: geometry, and the region where sources can be.
         blocks: the equations of the scenes.
         grid: where sources are looked for.
+        response: what the scenes would receive of its points.
         fit: where the descent ended.
         rounds: most sources replaced in a scene.
-        tolerance: scenes whose residual exceeds its expectation by less than this many standard
-            deviations are left alone.
 
     Sync: once a round and once every few steps of the descent.
     """
     parameters, residual = fit.parameters.clone(), fit.residual.clone()
-    scenes = (excess(blocks, fit) > tolerance).nonzero().squeeze(-1)
-    if not rounds or not len(scenes):
-        return fit
-    blocks = blocks.select(scenes)
-    response = grid_response(blocks, grid)
+    scenes = torch.arange(len(blocks), device=residual.device)
     for _ in range(rounds):
         replaced, start = _without_weakest(physics, blocks, grid, response, parameters[scenes])
         going = replaced.nonzero().squeeze(-1)
@@ -147,13 +142,6 @@ def mend(
         scenes, blocks, response = scenes[going], blocks.select(going), response.select(going)
         parameters[scenes], residual[scenes] = new.parameters[helped], new.residual[helped]
     return Fit(parameters=parameters, residual=residual)
-
-
-def excess(blocks: SensingBlocks, fit: Fit) -> Tensor:
-    """Return how many standard deviations the residual lies above what noise would leave, ``[B]``."""
-    count = fit.parameters.shape[1]
-    freedom = 2 * blocks.equations - (2 * blocks.target.shape[1] + 3) * count
-    return (2 * fit.residual / blocks.noise_power - freedom) / math.sqrt(2 * freedom)
 
 
 def _without_weakest(

@@ -43,8 +43,11 @@ FINE_SEEDS, FINE_ROUNDS = 24, 6
 
 _SMALLEST = 1e-12
 
-_LEAST_NOISE = 1e-5
+_LEAST_NOISE = 1e-4
 """Of the mean power of a measurement; at 20 dB the noise is a hundredth."""
+
+_RESCUING_NOISE = 3e-3
+"""The same where the factorization fails all the same: above what rounding adds to 144 numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +191,12 @@ def _whitened(measured: Measured, weighted: Tensor, rows: Tensor) -> tuple[Tenso
     covariance = weighted @ rows.mH
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     # Atoms that miss a strong source grow without limit: single precision would lose the noise.
-    least = _LEAST_NOISE * diagonal.real.mean(-1)
-    diagonal.add_(torch.maximum(measured.noise[:, None], least)[..., None])
-    root = torch.linalg.cholesky(covariance)
+    power = diagonal.real.mean(-1)
+    diagonal.add_(torch.maximum(measured.noise[:, None], _LEAST_NOISE * power)[..., None])
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    if bool(failed.any()):
+        diagonal.add_(torch.where(failed > 0, _RESCUING_NOISE * power, 0.0)[..., None])
+        root = torch.linalg.cholesky(covariance)
     both = torch.cat((rows, measured.received.unsqueeze(-1)), dim=-1)
     solved = torch.linalg.solve_triangular(root, both, upper=False)
     return solved[..., :-1], solved[..., -1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from reference_trainer.localisation.report import Cost
-from reference_trainer.positions import Positions, concatenated
+from reference_trainer.positions import concatenated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,15 +18,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from reference_trainer.localisation.counting import Counter
-    from reference_trainer.localisation.estimators import Estimator, Refinement
+    from reference_trainer.localisation.estimators import Answer, Estimator
     from reference_trainer.physics import ScenePhysics
+    from reference_trainer.positions import Positions
     from reference_trainer.scenes import Scenes
 
     Told = Callable[[str, int, int], None]
-    Work = Callable[[slice | Tensor], Positions]
 
-BATCH_SCENES = 200
-"""Scenes between two reports of progress; more would not be faster."""
+BATCH_SCENES = 125
+"""Scenes a worker takes at once, between two reports of progress; more would not be faster."""
 
 _Part = TypeVar("_Part")
 
@@ -53,11 +54,13 @@ class Bench:
         physics: what the scenes were drawn from.
         scenes: on the device.
         told: hears what is being done, and how many scenes of how many are done.
+        workers: batches worked on at the same time; results do not depend on it.
     """
 
     physics: ScenePhysics
     scenes: Scenes
     told: Told
+    workers: int
 
     def count(self, counter: Counter, number: int) -> tuple[Tensor, Cost]:
         """Return the number of sources in the first scenes, int64 ``[number]`` on the CPU."""
@@ -76,49 +79,35 @@ class Bench:
             number: of scenes.
             counts: estimated number of sources of the first scenes, ``number`` or more of them.
         """
+        true = self.scenes.num_sources.cpu()
 
-        def located(numbers: Tensor) -> Work:
-            def work(rows: slice | Tensor) -> Positions:
-                scenes, chosen = self.scenes.select(rows), numbers[rows].to(self.device)
-                return estimator.locate(self.physics, scenes, chosen).to("cpu")
+        def looked(rows: slice) -> tuple[Answer, Positions]:
+            answer = estimator.look(self.physics, self.scenes.select(rows))
+            return answer, answer(slice(None), true[rows].to(self.device)).to("cpu")
 
-            return work
+        parts, cost = self._timed(estimator.title, looked, number)
+        known = concatenated([positions for _, positions in parts])
+        if counts is None:
+            return Run(known=known, counted=None, cost=cost)
 
-        known = located(self.scenes.num_sources.cpu())
-        counted = None if counts is None else located(counts)
-        return self._run(estimator.title, number, known, counted, counts)
+        def counted(rows: slice) -> Positions:
+            batch: int = rows.start // BATCH_SCENES
+            answer, positions = parts[batch]
+            # Scenes are independent: where the count is right, the positions are those known already.
+            other = (counts[rows] != true[rows]).nonzero().squeeze(-1)
+            if not len(other):
+                return positions
+            found = answer(other.to(self.device), counts[rows][other].to(self.device))
+            return positions.replaced(other, found.to("cpu"))
 
-    def refine(self, refinement: Refinement, start: Run, counts: Tensor | None) -> Run:
-        """Refine the positions of a run; its cost is included.
-
-        Args:
-            refinement: what to run.
-            start: what to begin with.
-            counts: the estimated number of sources that ``start`` was given.
-        """
-
-        def refined(positions: Positions) -> Work:
-            def work(rows: slice | Tensor) -> Positions:
-                scenes, begin = self.scenes.select(rows), positions.select(rows).to(self.device)
-                return refinement.refine(self.physics, scenes, begin).to("cpu")
-
-            return work
-
-        known = refined(start.known)
-        counted = None if start.counted is None else refined(start.counted)
-        run = self._run(refinement.title, len(start.known), known, counted, counts)
-        cost = Cost(
-            wall_s=start.cost.wall_s + run.cost.wall_s,
-            processor_s=start.cost.processor_s + run.cost.processor_s,
-            scenes=run.cost.scenes,
-        )
-        return Run(known=run.known, counted=run.counted, cost=cost)
+        again = self._in_batches(f"{estimator.title}, sources counted", counted, number)
+        return Run(known=known, counted=concatenated(again), cost=cost)
 
     def batches(self, what: str, count: int) -> Iterator[slice]:
         """Yield slices of the first ``count`` scenes, and tell of each."""
-        for start in range(0, count, BATCH_SCENES):
-            self.told(what, start, count)
-            yield slice(start, min(start + BATCH_SCENES, count))
+        for rows in _slices(count):
+            self.told(what, rows.start, count)
+            yield rows
         self.told(what, count, count)
 
     @property
@@ -126,31 +115,39 @@ class Bench:
         """Where the scenes are."""
         return self.scenes.snapshots.device
 
-    def _run(
-        self, title: str, number: int, known: Work, counted: Work | None, counts: Tensor | None
-    ) -> Run:
-        parts, cost = self._timed(title, known, number)
-        positions = concatenated(parts)
-        if counted is None or counts is None:
-            return Run(known=positions, counted=None, cost=cost)
-        # Scenes are independent: where the count is right, the positions are those known already.
-        other = (counts[:number] != positions.num_sources).nonzero().squeeze(-1)
-        again = positions.select(torch.arange(number))
-        for rows in self.batches(f"{title}, sources counted", len(other)):
-            found = counted(other[rows])
-            for name in ("azimuth_rad", "elevation_rad", "range_m", "active"):
-                getattr(again, name)[other[rows]] = getattr(found, name)
-        return Run(known=positions, counted=again, cost=cost)
+    def _in_batches(self, what: str, work: Callable[[slice], _Part], count: int) -> list[_Part]:
+        """Run ``work`` on batches of the first ``count`` scenes, some at the same time, in order."""
+        threads = torch.get_num_threads()
+
+        def alone(rows: slice) -> _Part:
+            # Both hold for one thread of Python only: a worker starts with gradients and all cores.
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                return work(rows)
+
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            pending = [pool.submit(alone, rows) for rows in _slices(count)]
+            return [pending[number].result() for number, _ in enumerate(self.batches(what, count))]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _timed(
         self, what: str, work: Callable[[slice], _Part], count: int
     ) -> tuple[list[_Part], Cost]:
         """Run ``work`` on batches of the first ``count`` scenes, once untimed on one of them."""
-        work(slice(0, 1))  # grids are laid out and remembered, libraries wake up
-        parts, wall_s, processor_s = [], 0.0, 0.0
-        for rows in self.batches(what, count):
-            wall, processor = time.perf_counter(), time.process_time()
-            parts.append(work(rows))
-            wall_s += time.perf_counter() - wall
-            processor_s += time.process_time() - processor
-        return parts, Cost(wall_s=wall_s / count, processor_s=processor_s / count, scenes=count)
+        with torch.no_grad():
+            work(slice(0, 1))  # grids are laid out and remembered, libraries wake up
+        wall, processor = time.perf_counter(), time.process_time()
+        parts = self._in_batches(what, work, count)
+        cost = Cost(
+            wall_s=(time.perf_counter() - wall) / count,
+            processor_s=(time.process_time() - processor) / count,
+            scenes=count,
+        )
+        return parts, cost
+
+
+def _slices(count: int) -> Iterator[slice]:
+    for start in range(0, count, BATCH_SCENES):
+        yield slice(start, min(start + BATCH_SCENES, count))

@@ -9,7 +9,8 @@ import torch
 from reference_trainer.covariance import RankReport, rank_report
 from reference_trainer.localisation.hybrid import (
     blended_covariance,
-    hybrid_covariance,
+    fitted_around,
+    proposing_factors,
     seen_by,
 )
 from reference_trainer.localisation.report import CovarianceReport, RankMeans
@@ -47,8 +48,8 @@ def factors(model: CovarianceNetwork, *, share: float) -> dict[str, Factor]:
         "sample": fitted_factor,
         "network": lambda _, scenes: seen_by(model, scenes).factor,
         "blend": lambda physics, scenes: blended_covariance(model, physics, scenes, share=share),
-        "hybrid": lambda physics, scenes: hybrid_covariance(
-            model, physics, scenes, scenes.num_sources
+        "hybrid": lambda physics, scenes: fitted_around(
+            physics, scenes, proposing_factors(model, physics, scenes), scenes.num_sources
         ),
     }
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from reference_trainer.likelihood import SEARCH_GRID, maximum_likelihood, refine
-from reference_trainer.local_fit import locally_fitted_factor
+from reference_trainer.likelihood import SEARCH_GRID
 from reference_trainer.localisation.hybrid import (
     blended_covariance,
-    hybrid_positions,
-    network_positions,
-    sampled_positions,
+    fitted_around,
+    proposing_factors,
+    sampled_factors,
+    seen_by,
+    starting_factors,
 )
+from reference_trainer.localisation.most_likely import most_likely_from, most_likely_of_all
 from reference_trainer.music import music
 from reference_trainer.residual_search import GridShape
 from reference_trainer.sample_covariance import fitted_factor
@@ -28,15 +30,22 @@ if TYPE_CHECKING:
     from reference_trainer.positions import Positions
     from reference_trainer.scenes import Scenes
 
+    Answer = Callable[[slice | Tensor, Tensor], Positions]
+    Factor = Callable[[ScenePhysics, Scenes], Tensor]
+    Factors = Callable[[ScenePhysics, Scenes], tuple[Tensor, ...]]
+
 PUBLISHED_GRID = GridShape(azimuths=49, elevations=25, ranges=14)
 """The grid of the search that the published figures of maximum likelihood come from."""
 
 
-class Locate(Protocol):
-    """Says where the sources of B scenes stand, given how many there are."""
+class Look(Protocol):
+    """Looks at scenes once, and then says where their sources stand for any number of them."""
 
-    def __call__(self, physics: ScenePhysics, scenes: Scenes, num_sources: Tensor, /) -> Positions:
-        """Return the positions of ``num_sources``, int64 ``[B]``, from 1."""
+    def __call__(self, physics: ScenePhysics, scenes: Scenes, /) -> Answer:
+        """Return what gives the positions in some of ``scenes`` (their index) for numbers of sources.
+
+        The numbers are int64, one for each of these scenes, from 1.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,45 +58,81 @@ class Estimator:
         slow: whether it only runs on a subset of the scenes.
         counted_by: what tells it the number of sources where that is not known; None where it is
             only run with the true number.
-        locate: the estimator, from the raw scenes on.
+        look: the estimator, from the raw scenes on; all that the number of sources does not change is
+            done in the look.
     """
 
     key: str
     title: str
     slow: bool = False
     counted_by: CounterKey | None
-    locate: Locate
+    look: Look
+
+    def locate(self, physics: ScenePhysics, scenes: Scenes, num_sources: Tensor) -> Positions:
+        """Return where the ``num_sources`` of each scene stand, int64 ``[B]``, from 1."""
+        return self.look(physics, scenes)(slice(None), num_sources)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refinement:
-    """An estimator that goes on from the positions of another.
-
-    Attributes:
-        key: its name in reports.
-        title: its name for readers.
-        start: key of the estimator it goes on from, which must be run before.
-        counted_by: as for that one.
-        refine: returns better positions of the same number of sources.
-    """
-
-    key: str
-    title: str
-    start: str
-    counted_by: CounterKey | None
-    refine: Callable[[ScenePhysics, Scenes, Positions], Positions]
-
-
-def estimators(model: CovarianceNetwork, *, share: float) -> tuple[Estimator | Refinement, ...]:
+def estimators(model: CovarianceNetwork, *, share: float) -> tuple[Estimator, ...]:
     """Return every estimator: from scratch, from the network, from sample covariances, from the truth.
 
-    Each key occurs once, and what a refinement starts from stands before it.
+    Each key occurs once.
 
     Args:
         model: in evaluation mode, on the device of the scenes.
         share: of the fitted covariance in the blend, in [0, 1).
     """
     return (*_from_snapshots(), *_from_network(model, share), *_from_covariances())
+
+
+def _peaks_of(factor: Factor) -> Look:
+    """MUSIC on one covariance."""
+
+    def look(physics: ScenePhysics, scenes: Scenes) -> Answer:
+        whole = factor(physics, scenes)
+        return lambda rows, count: music(physics, whole[rows], count)
+
+    return look
+
+
+def _peaks_around(factors: Factors) -> Look:
+    """MUSIC on the covariance fitted around the peaks of others: the hybrid."""
+
+    def look(physics: ScenePhysics, scenes: Scenes) -> Answer:
+        whole = factors(physics, scenes)
+
+        def answer(rows: slice | Tensor, count: Tensor) -> Positions:
+            proposing = [factor[rows] for factor in whole]
+            local = fitted_around(physics, scenes.select(rows), proposing, count)
+            return music(physics, local, count)
+
+        return answer
+
+    return look
+
+
+def _likely_near(factors: Factors) -> Look:
+    """The likelihood, from where MUSIC on each of some covariances finds the sources."""
+
+    def look(physics: ScenePhysics, scenes: Scenes) -> Answer:
+        whole = factors(physics, scenes)
+
+        def answer(rows: slice | Tensor, count: Tensor) -> Positions:
+            starts = [music(physics, factor[rows], count) for factor in whole]
+            return most_likely_from(physics, scenes.select(rows), *starts)
+
+        return answer
+
+    return look
+
+
+def _likely_from_scratch(grid: GridShape) -> Look:
+    def look(physics: ScenePhysics, scenes: Scenes) -> Answer:
+        return lambda rows, count: most_likely_of_all(
+            physics, scenes.select(rows), count, grid=grid
+        )
+
+    return look
 
 
 def _from_snapshots() -> tuple[Estimator, ...]:
@@ -97,58 +142,47 @@ def _from_snapshots() -> tuple[Estimator, ...]:
             title="ML from scratch",
             slow=True,
             counted_by="bic",
-            locate=lambda physics, scenes, count: (
-                maximum_likelihood(physics, scenes, count, grid=SEARCH_GRID).positions
-            ),
+            look=_likely_from_scratch(SEARCH_GRID),
         ),
         Estimator(
             key="ml_scratch_published_grid",
             title="ML, published grid",
             slow=True,
             counted_by=None,
-            locate=lambda physics, scenes, count: (
-                maximum_likelihood(physics, scenes, count, grid=PUBLISHED_GRID).positions
-            ),
+            look=_likely_from_scratch(PUBLISHED_GRID),
         ),
     )
 
 
-def _from_network(model: CovarianceNetwork, share: float) -> tuple[Estimator | Refinement, ...]:
+def _from_network(model: CovarianceNetwork, share: float) -> tuple[Estimator, ...]:
     return (
         Estimator(
             key="network_alone_music",
             title="network alone + MUSIC",
             counted_by="head",
-            locate=lambda physics, scenes, count: network_positions(model, physics, scenes, count),
+            look=_peaks_of(lambda _, scenes: seen_by(model, scenes).factor),
         ),
-        Refinement(
+        Estimator(
             key="ml_network",
             title="network-started ML",
-            start="network_alone_music",
             counted_by="head",
-            refine=lambda physics, scenes, start: refine(physics, scenes, start).positions,
+            look=_likely_near(lambda _, scenes: starting_factors(model, scenes)),
         ),
         Estimator(
             key="network_music",
             title="network + MUSIC (hybrid)",
             counted_by="head",
-            locate=lambda physics, scenes, count: hybrid_positions(model, physics, scenes, count),
+            look=_peaks_around(lambda physics, scenes: proposing_factors(model, physics, scenes)),
         ),
         Estimator(
             key="blend_music",
             title="MUSIC, blend",
             counted_by=None,
-            locate=lambda physics, scenes, count: music(
-                physics, blended_covariance(model, physics, scenes, share=share), count
+            look=_peaks_of(
+                lambda physics, scenes: blended_covariance(model, physics, scenes, share=share)
             ),
         ),
     )
-
-
-def _without_network(physics: ScenePhysics, scenes: Scenes, num_sources: Tensor) -> Positions:
-    """The hybrid without the network's proposals: what is left of it says what the network adds."""
-    sampled = sampled_positions(physics, scenes, num_sources)
-    return music(physics, locally_fitted_factor(physics, scenes, sampled), num_sources)
 
 
 def _from_covariances() -> tuple[Estimator, ...]:
@@ -157,26 +191,30 @@ def _from_covariances() -> tuple[Estimator, ...]:
             key="fitted_music",
             title="MUSIC, fitted covariance",
             counted_by="mdl",
-            locate=lambda physics, scenes, count: music(
-                physics, fitted_factor(physics, scenes), count
-            ),
+            look=_peaks_of(fitted_factor),
         ),
         Estimator(
             key="field_music",
             title="MUSIC, field estimate",
             counted_by="mdl",
-            locate=lambda physics, scenes, count: music(physics, scenes.estimate, count),
+            look=_peaks_of(lambda _, scenes: scenes.estimate),
+        ),
+        Estimator(
+            key="ml_field",
+            title="the same ML without the network",
+            counted_by=None,
+            look=_likely_near(lambda _, scenes: (scenes.estimate,)),
         ),
         Estimator(
             key="refitted_music",
             title="hybrid without the network",
             counted_by=None,
-            locate=_without_network,
+            look=_peaks_around(sampled_factors),
         ),
         Estimator(
             key="true_music",
             title="MUSIC, true covariance",
             counted_by=None,
-            locate=lambda physics, scenes, count: music(physics, scenes.true_factor, count),
+            look=_peaks_of(lambda _, scenes: scenes.true_factor),
         ),
     )

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reference_trainer.likelihood import refine
 from reference_trainer.localisation.covariances import TITLES, factors
-from reference_trainer.localisation.hybrid import hybrid_positions, network_positions
+from reference_trainer.localisation.estimators import estimators
 from reference_trainer.localisation.report import HIGH_SNR_DB
 from reference_trainer.music import pseudo_spectrum
 from reference_trainer.positions import Positions, true_positions
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from reference_trainer.scenes import Scenes
 
 WANTED_SOURCES = 3
+SHOWN = ("ml_network", "network_music")
 EIGENVALUES = 16
 _AZIMUTHS, _ELEVATIONS, _RANGES = 121, 61, 8
 _SEARCHED = 200  # scenes among which one that shows something is looked for
@@ -70,19 +70,18 @@ def example_of(subject: Subject, plan: Plan) -> Example:
     fits = (scenes.num_sources == WANTED_SOURCES) & (scenes.snr_db >= HIGH_SNR_DB)
     index = int(fits.int().argmax())
     scene = scenes.select(slice(index, index + 1)).to(plan.device)
-    coarse = hybrid_positions(model, physics, scene, scene.num_sources)
-    start = network_positions(model, physics, scene, scene.num_sources)
-    fine = refine(physics, scene, start).positions
+    estimates = {
+        one.title: one.locate(physics, scene, scene.num_sources).to("cpu")
+        for one in estimators(model, share=plan.share)
+        if one.key in SHOWN
+    }
     made = {key: make(physics, scene) for key, make in factors(model, share=plan.share).items()}
     azimuth_deg, elevation_deg, spectrum_db = _spectrum(physics, made["hybrid"], scene)
     return Example(
         index=index,
         snr_db=float(scene.snr_db),
         true=true_positions(scene).to("cpu"),
-        estimates={
-            "network + MUSIC (hybrid)": coarse.to("cpu"),
-            "network-started ML": fine.to("cpu"),
-        },
+        estimates=estimates,
         azimuth_deg=azimuth_deg,
         elevation_deg=elevation_deg,
         spectrum_db=spectrum_db,

@@ -1,4 +1,4 @@
-"""What a trained network contributes: a covariance, a count, and positions from the hybrid of both.
+"""What a trained network contributes: a covariance, a count, starts, and the hybrid of covariances.
 
 Two covariances are made of the network's and of those sampled from the snapshots. The *blend* is their
 weighted sum, as published. The *hybrid* is fitted to the snapshots again, on a fine dictionary around the
@@ -21,15 +21,19 @@ from reference_trainer.music import music
 from reference_trainer.sample_covariance import fitted_factor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from reference_trainer.model import CovarianceNetwork
     from reference_trainer.physics import ScenePhysics
-    from reference_trainer.positions import Positions
     from reference_trainer.scenes import Scenes
 
 SAMPLE_SHARE = 0.30
 """Share of the fitted covariance in the blend: where the schedule of the published model ends."""
+
+START_SHARE = 0.5
+"""Share of the field estimate in the blend that starts the likelihood."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,54 +89,58 @@ def blended_covariance(
     return hybrid_factor(predicted, fitted_factor(physics, scenes), share=share)
 
 
-def network_positions(
-    model: CovarianceNetwork, physics: ScenePhysics, scenes: Scenes, num_sources: Tensor
-) -> Positions:
-    """Return where MUSIC on the network's covariance finds the sources: a start for the likelihood.
+def starting_factors(model: CovarianceNetwork, scenes: Scenes) -> tuple[Tensor, ...]:
+    """Return the covariances whose MUSIC peaks start the likelihood: the blend, and the field's own.
+
+    The blend is that of the network's covariance with the field estimate, half and half. The two err in
+    different places, and the likelihood tells which start was better.
 
     Args:
         model: as for :func:`seen_by`.
-        physics: what the scenes were drawn from.
         scenes: drawn with their field estimates.
-        num_sources: int64 ``[B]``, from 0 to ``physics.max_sources``.
+
+    Returns:
+        factors, complex64 ``[B, N, .]``.
+
+    Sync: as :func:`seen_by`.
+    """
+    predicted = seen_by(model, scenes).factor
+    return hybrid_factor(predicted, scenes.estimate, share=START_SHARE), scenes.estimate
+
+
+def sampled_factors(physics: ScenePhysics, scenes: Scenes) -> tuple[Tensor, ...]:
+    """Return both sample covariances, fitted and of the estimated field, as factors ``[B, N, .]``.
+
+    Sync: as :func:`reference_trainer.sample_covariance.fitted_factor`.
+    """
+    return fitted_factor(physics, scenes), scenes.estimate
+
+
+def proposing_factors(
+    model: CovarianceNetwork, physics: ScenePhysics, scenes: Scenes
+) -> tuple[Tensor, ...]:
+    """Return the covariances that the hybrid is fitted around: the network's and both sampled ones.
+
+    Args and Sync: as for :func:`blended_covariance`.
+    """
+    return seen_by(model, scenes).factor, *sampled_factors(physics, scenes)
+
+
+def fitted_around(
+    physics: ScenePhysics, scenes: Scenes, factors: Sequence[Tensor], num_sources: Tensor
+) -> Tensor:
+    """Return the factor of the covariance fitted around the MUSIC peaks of others, ``[B, N, 16]``.
+
+    Args:
+        physics: what the scenes were drawn from.
+        scenes: what was received is read, and what the receiver knows.
+        factors: of the covariances that propose, ``[B, N, .]`` each.
+        num_sources: peaks of each, int64 ``[B]``, from 0 to ``physics.max_sources``.
 
     Raises:
         ValueError: a number of sources is out of range.
 
     Sync: waits for the device often.
     """
-    return music(physics, seen_by(model, scenes).factor, num_sources)
-
-
-def sampled_positions(
-    physics: ScenePhysics, scenes: Scenes, num_sources: Tensor
-) -> tuple[Positions, ...]:
-    """Return where MUSIC on either sample covariance, fitted and estimated field, finds the sources.
-
-    Args and errors: as for :func:`network_positions`. Sync: waits for the device often.
-    """
-    sampled = (fitted_factor(physics, scenes), scenes.estimate)
-    return tuple(music(physics, factor, num_sources) for factor in sampled)
-
-
-def hybrid_covariance(
-    model: CovarianceNetwork, physics: ScenePhysics, scenes: Scenes, num_sources: Tensor
-) -> Tensor:
-    """Return the factor of the covariance that is fitted around all proposals, ``[B, N, 16]``.
-
-    Args, errors and Sync: as for :func:`network_positions`.
-    """
-    proposed = network_positions(model, physics, scenes, num_sources)
-    sampled = sampled_positions(physics, scenes, num_sources)
-    return locally_fitted_factor(physics, scenes, (proposed, *sampled))
-
-
-def hybrid_positions(
-    model: CovarianceNetwork, physics: ScenePhysics, scenes: Scenes, num_sources: Tensor
-) -> Positions:
-    """Return where the hybrid covariance says that the sources stand.
-
-    Args, errors and Sync: as for :func:`network_positions`.
-    """
-    factor = hybrid_covariance(model, physics, scenes, num_sources)
-    return music(physics, factor, num_sources)
+    proposals = [music(physics, factor, num_sources) for factor in factors]
+    return locally_fitted_factor(physics, scenes, proposals)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reference_trainer.localisation.bench import Bench, Run
+from reference_trainer.localisation.bench import Bench
 from reference_trainer.localisation.breakdown import counts_of, errors_of
 from reference_trainer.localisation.counting import counters
 from reference_trainer.localisation.covariances import covariance_report, factors, ranks
-from reference_trainer.localisation.estimators import Estimator, estimators
+from reference_trainer.localisation.estimators import estimators
 from reference_trainer.localisation.report import (
     SCHEMA_VERSION,
     Conditions,
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from reference_trainer.localisation.bench import Told
-    from reference_trainer.localisation.estimators import Refinement
+    from reference_trainer.localisation.bench import Run, Told
+    from reference_trainer.localisation.estimators import Estimator
     from reference_trainer.localisation.plan import Plan
 
 _LIBRARIES = ("gradguard", "torch", "numpy", "scipy")
@@ -83,6 +83,7 @@ def _conditions(plan: Plan) -> Conditions:
         subset=plan.subset,
         sample_share=plan.share,
         threads=plan.threads,
+        workers=plan.workers,
         device=plan.device,
         versions=versions,
     )
@@ -100,7 +101,7 @@ def _judged(subject: Subject, plan: Plan, told: Told) -> NetworkReport:
         told=lambda done, total: announced("comparing with training scenes", done, total),
     )
     scenes = held_out.scenes.to(plan.device)
-    bench = Bench(physics=subject.physics, scenes=scenes, told=announced)
+    bench = Bench(physics=subject.physics, scenes=scenes, told=announced, workers=plan.workers)
     counts, counter_reports = _all_counts(bench, subject, plan, held_out)
     rows, network_wall_s = _all_rows(bench, subject, plan, held_out, counts)
     head = next(report for report in counter_reports if report.key == "head")
@@ -141,22 +142,18 @@ def _all_rows(
     bench: Bench, subject: Subject, plan: Plan, held_out: HeldOut, counts: dict[str, Tensor]
 ) -> tuple[tuple[EstimatorReport, ...], float]:
     """Run every estimator; return what they reach, and the seconds of those that use the network."""
-    runs: dict[str, Run] = {}
     rows, network_wall_s = [], 0.0
     for one in estimators(subject.network, share=plan.share):
         start = time.perf_counter()
         guessed = None if one.counted_by is None else counts[one.counted_by]
-        if isinstance(one, Estimator):
-            runs[one.key] = bench.locate(one, plan.subset if one.slow else plan.scenes, guessed)
-        else:
-            runs[one.key] = bench.refine(one, runs[one.start], guessed)
+        run = bench.locate(one, plan.subset if one.slow else plan.scenes, guessed)
         if one.counted_by == "head":
             network_wall_s += time.perf_counter() - start
-        rows.append(_row(one, runs[one.key], held_out, plan))
+        rows.append(_row(one, run, held_out, plan))
     return tuple(rows), network_wall_s
 
 
-def _row(one: Estimator | Refinement, run: Run, held_out: HeldOut, plan: Plan) -> EstimatorReport:
+def _row(one: Estimator, run: Run, held_out: HeldOut, plan: Plan) -> EstimatorReport:
     counted = run.counted
     return EstimatorReport(
         key=one.key,

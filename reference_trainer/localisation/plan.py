@@ -25,7 +25,8 @@ class Plan:
         scenes: number of scenes.
         subset: the first of them, for the slow estimators.
         share: of the fitted covariance in the blend.
-        threads: torch's threads.
+        threads: torch's threads, of each worker.
+        workers: batches of scenes worked on at the same time; results do not depend on it.
         device: where everything runs.
 
     Raises:
@@ -38,10 +39,11 @@ class Plan:
     subset: int = 200
     share: float = SAMPLE_SHARE
     threads: int = 1
+    workers: int = 2
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("scenes", "subset", "threads"):
+        for name in ("scenes", "subset", "threads", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"judging networks: {name} is {getattr(self, name)}; expected at least 1"

@@ -27,7 +27,8 @@ class Conditions:
         scenes: number of scenes: the first of the split.
         subset: the first of them, on which the slow estimators run as well.
         sample_share: share of the fitted covariance in the blend.
-        threads: torch's threads.
+        threads: torch's threads, of each worker.
+        workers: batches of scenes that were worked on at the same time.
         device: where everything ran.
         versions: of Python and the libraries.
     """
@@ -38,6 +39,7 @@ class Conditions:
     subset: int
     sample_share: float
     threads: int
+    workers: int
     device: str
     versions: dict[str, str]
 

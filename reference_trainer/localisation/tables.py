@@ -87,7 +87,7 @@ def _introduction(network: NetworkReport, conditions: Conditions) -> str:
         f"{disjoint.reason[:1].upper()}{disjoint.reason[1:]}; the run was judged on {disjoint.watched} "
         f"of these scenes while it trained. Share of the fitted covariance in the blend: "
         f"{conditions.sample_share:g}. Device {conditions.device}, torch threads "
-        f"{conditions.threads}; {libraries}. "
+        f"{conditions.threads}, workers {conditions.workers}; {libraries}. "
         "The bound is the median of its root. Error / bound is the median of error over bound of "
         f"azimuth, elevation and range: 0.67 for an efficient estimator. {DASH}: not measured.\n"
     )

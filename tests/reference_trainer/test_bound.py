@@ -11,9 +11,9 @@ from torch import Tensor
 
 from reference_trainer.bound import cramer_rao_bound, sent_symbols
 from reference_trainer.geometry import steering_vectors
-from reference_trainer.likelihood import refine
 from reference_trainer.physics import ScenePhysics, SymbolModel
 from reference_trainer.positions import true_positions
+from reference_trainer.refinement import refine
 from reference_trainer.scenes import Scenes, draw_scenes
 
 MODELS: tuple[SymbolModel, ...] = ("constant", "iid")

@@ -16,11 +16,12 @@ from reference_trainer.bound import cramer_rao_bound, sent_symbols
 from reference_trainer.checkpoint import Checkpoint, save_checkpoint
 from reference_trainer.data import scene_physics
 from reference_trainer.errors import CheckpointError, ConfigError, DataError
-from reference_trainer.likelihood import maximum_likelihood, refine
-from reference_trainer.localisation import run
+from reference_trainer.likelihood import maximum_likelihood
+from reference_trainer.localisation import bench, run
+from reference_trainer.localisation.estimators import estimators
 from reference_trainer.localisation.example import Example, example_of
 from reference_trainer.localisation.figures import write_figures
-from reference_trainer.localisation.hybrid import hybrid_positions, network_positions, seen_by
+from reference_trainer.localisation.hybrid import seen_by, starting_factors
 from reference_trainer.localisation.judging import judge
 from reference_trainer.localisation.plan import Plan
 from reference_trainer.localisation.report import EstimatorReport, NetworkReport, Report
@@ -29,8 +30,10 @@ from reference_trainer.localisation.subject import checkpoint_in, draw_held_out,
 from reference_trainer.localisation.tables import markdown_tables
 from reference_trainer.matching import source_errors
 from reference_trainer.metrics import ErrorSummary, summarise
+from reference_trainer.music import music
 from reference_trainer.physics import SymbolModel
 from reference_trainer.positions import true_positions
+from reference_trainer.refinement import refine
 from reference_trainer.scenes import Scenes, draw_scenes
 from reference_trainer.settings import as_mapping, from_mapping, preset
 from reference_trainer.setup import new_network
@@ -41,6 +44,7 @@ SLOW = {"ml_scratch", "ml_scratch_published_grid"}
 ROWS = SLOW | {
     "network_music",
     "ml_network",
+    "ml_field",
     "network_alone_music",
     "blend_music",
     "refitted_music",
@@ -202,12 +206,10 @@ def test_rows_are_what_the_estimators_say(
     truth = true_positions(scenes)
     counted = seen_by(model, scenes).num_sources
     assert bool((counted != scenes.num_sources).any())
+    plain = {one.key: one for one in estimators(model, share=PLAN.share)}
     for numbers, name in ((scenes.num_sources, "known"), (counted, "estimated")):
-        coarse = hybrid_positions(model, physics, scenes, numbers)
-        start = network_positions(model, physics, scenes, numbers)
-        fine = refine(physics, scenes, start).positions
-        for key, positions in (("network_music", coarse), ("ml_network", fine)):
-            expected = summarise(source_errors(positions, truth))
+        for key in ("network_alone_music", "ml_network", "network_music"):
+            expected = summarise(source_errors(plain[key].locate(physics, scenes, numbers), truth))
             found = getattr(row(network, key), name).all.overall
             assert (found.missed, found.false) == (expected.missed, expected.false)
             assert found.azimuth_deg.median == pytest.approx(expected.azimuth_deg.median, rel=1e-2)
@@ -219,11 +221,26 @@ def test_rows_are_what_the_estimators_say(
     assert found.azimuth_deg.median == pytest.approx(expected.azimuth_deg.median, rel=1e-2)
 
 
-def test_a_refinement_costs_what_it_starts_from_and_more(network: NetworkReport) -> None:
-    """The seconds of network-started ML hold those of the network and of MUSIC."""
-    start, refined = row(network, "network_alone_music").cost, row(network, "ml_network").cost
-    assert refined.wall_s > start.wall_s
-    assert refined.processor_s > start.processor_s
+def test_ml_starts_from_the_blend_and_from_the_field(
+    scenes: Scenes, checkpoints: dict[SymbolModel, Path]
+) -> None:
+    """Network-started ML is the refinement from MUSIC on both starting covariances, and no other."""
+    subject = load_subject(checkpoints["constant"], device=CPU)
+    physics, model = subject.physics, subject.network
+    one = next(one for one in estimators(model, share=0.3) if one.key == "ml_network")
+    starts = [
+        music(physics, factor, scenes.num_sources) for factor in starting_factors(model, scenes)
+    ]
+    expected = refine(physics, scenes, *starts).positions
+    found = one.locate(physics, scenes, scenes.num_sources)
+    torch.testing.assert_close(found.azimuth_rad, expected.azimuth_rad)
+    assert not torch.allclose(starts[0].azimuth_rad, starts[1].azimuth_rad)
+
+
+def test_a_cost_holds_the_look_at_the_scenes(network: NetworkReport) -> None:
+    """The seconds of the hybrid hold those of the fitted covariance and of the network."""
+    hybrid, fitted = row(network, "network_music").cost, row(network, "fitted_music").cost
+    assert hybrid.processor_s > fitted.processor_s
 
 
 def test_counting_is_told_for_all_and_for_the_subset(
@@ -287,6 +304,21 @@ def test_figures_are_drawn(
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
         assert path.stat().st_size > 10_000
+
+
+def test_workers_change_nothing_but_the_time(
+    checkpoints: dict[SymbolModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches worked on at the same time end in the order of the scenes, with the same figures."""
+    monkeypatch.setattr(bench, "BATCH_SCENES", 3)
+    subject = load_subject(checkpoints["iid"], device=CPU)
+    alone, together = (
+        judge([subject], Plan(seed=1, scenes=8, subset=1, workers=workers)).networks[0]
+        for workers in (1, 3)
+    )
+    for one, other in zip(alone.estimators, together.estimators, strict=True):
+        assert (one.known, one.estimated) == (other.known, other.estimated)
+    assert [one.all for one in alone.counters] == [one.all for one in together.counters]
 
 
 def test_judging_leaves_no_trace(checkpoints: dict[SymbolModel, Path]) -> None:
@@ -369,6 +401,7 @@ def test_scenes_that_were_trained_on_are_refused(checkpoints: dict[SymbolModel, 
         ({"scenes": 10, "subset": 11}, "a subset of 11 of 10 scenes"),
         ({"scenes": 0}, "scenes is 0"),
         ({"threads": 0}, "threads is 0"),
+        ({"workers": 0}, "workers is 0"),
         ({"share": 1.0}, "share of the sample covariance is 1.0"),
         ({"seed": -1}, "seed is -1"),
     ],
