@@ -91,7 +91,7 @@ def refine_unconditional(
     scenes: Scenes,
     start: Positions,
     *,
-    iterations: int = 8,
+    iterations: int = 12,
     chunk: int = 32,
 ) -> LikelihoodFit:
     """Return the positions of the largest unconditional likelihood near ``start``, slot by slot.

@@ -142,14 +142,14 @@ def _from_snapshots() -> tuple[Estimator, ...]:
             title="ML from scratch",
             slow=True,
             counted_by="bic",
-            look=_likely_from_scratch(SEARCH_GRID),
+            look=_likely_from_scratch(PUBLISHED_GRID),
         ),
         Estimator(
-            key="ml_scratch_published_grid",
-            title="ML, published grid",
+            key="ml_scratch_coarse",
+            title="ML from scratch, coarse grid",
             slow=True,
             counted_by=None,
-            look=_likely_from_scratch(PUBLISHED_GRID),
+            look=_likely_from_scratch(SEARCH_GRID),
         ),
     )
 
