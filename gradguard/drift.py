@@ -26,6 +26,9 @@ from gradguard.sampling import (
     wide_dtype,
 )
 
+_DENSE_FRACTION = 0.5
+"""From which share of moved values on a table is no embedding of which a step moves some rows."""
+
 _FIELDS = 4  # update^2, its sampling variance, moved, weight^2
 
 
@@ -120,6 +123,17 @@ class DriftMeter:
             totals=tuple(self._sample.totals),
             exact=exact,
         )
+
+    def learn(self, movement: Iterable[Drift]) -> None:
+        """Spare tables of which half or more moved the search for the rows that do. Sync: none.
+
+        Args:
+            movement: of single parameters in one step that was taken, by their names. A table that is not
+                among them is searched again.
+        """
+        moving = {one.name for one in movement if one.moved_fraction >= _DENSE_FRACTION}
+        names = self.layout.names
+        self._sample.set_dense({index for index, name in enumerate(names) if name in moving})
 
     def mark(self, gradients: Sequence[Tensor | None] | None = None) -> None:
         """Copy the (sampled) values, right before the step; gradients default to ``.grad``.

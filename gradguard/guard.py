@@ -413,6 +413,7 @@ class Guard:
         record = draft.record(values, watch.has_nonfinite)
         if record.nonfinite_tensors:
             watch.alert()
+        watch.learn(record)
         self.log.append(record)
         self._write(record)
         if self._sensors is not None:

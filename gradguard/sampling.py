@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise, repeat
 
@@ -95,7 +95,8 @@ class ParameterSample:
         per_tensor: samples per parameter at most; budget: samples in all, about.
 
     Large tables (1,024 rows and more) get a few extra positions where the gradient is largest: an
-    embedding that updates a handful of rows would otherwise look as if it stood still.
+    embedding that updates a handful of rows would otherwise look as if it stood still. Tables that are
+    known to move all over (:meth:`set_dense`) need none.
 
     Memory: the sampled values (at most ``per_tensor`` a tensor and about ``budget`` in all).
     """
@@ -120,11 +121,16 @@ class ParameterSample:
         self._tables = [i for i, (p, seen) in enumerate(partly) if _is_table(p, seen)]
         matrices = [i for i in self._tables if self._parameters[i].dim() == 2]
         self._columns = {i: _first_columns(self._parameters[i]) for i in matrices}
+        self._aimed = tuple(self._tables)
+
+    def set_dense(self, indices: Collection[int]) -> None:
+        """Choose no extra positions in these parameters, and in all other tables as before. Sync: none."""
+        self._aimed = tuple(index for index in self._tables if index not in indices)
 
     def aim(self, gradients: Sequence[Tensor | None]) -> None:
         """Choose the extra positions of large tables from their gradients. Sync: none."""
         self._rows = {}
-        for index in self._tables:
+        for index in self._aimed:
             rows = self._largest_rows(index, gradients[index])
             if rows is not None:
                 self._rows[index] = rows

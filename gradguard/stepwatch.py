@@ -26,6 +26,7 @@ from gradguard.gate import StepGate
 from gradguard.gradient_samples import GradientSamples
 from gradguard.holdings import Holdings
 from gradguard.norms import NormPlan, nonfinite_counts, norm_plan, planned_norms, tensor_norms
+from gradguard.records import StepOutcome, StepRecord
 from gradguard.scaler import (
     innermost_optimizer,
     loss_scale,
@@ -402,6 +403,13 @@ class OptimizerWatch:
     def count_batch(self) -> None:
         """Count one batch drawn from a loader."""
         self._window.batches = (self._window.batches or 0) + 1
+
+    def learn(self, record: StepRecord) -> None:
+        """Use what a detailed step has shown for the steps to come. Sync: none."""
+        if self._meter is None or record.parameters is None:
+            return
+        if record.outcome is StepOutcome.APPLIED:
+            self._meter.learn(one.drift for one in record.parameters if one.drift is not None)
 
     def alert(self) -> None:
         """Count non-finite entries exactly for some steps."""

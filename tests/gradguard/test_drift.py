@@ -173,3 +173,22 @@ def test_ema_lag_is_its_own_reading():
             assert guard.log[-1].averaged_lag == pytest.approx(lag / norm, rel=1e-4, abs=1e-9)
     with pytest.raises(ValueError, match="match one to one"):
         gg.averaged_lag(model.parameters(), [])
+
+
+def test_a_watched_embedding_is_seen_to_move_beside_a_dense_table():
+    """A few rows of a large embedding move in every step, and every record says so, early or late."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50_000, 8), nn.Linear(8, 2048))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gg.watch(model, optimizer, detail_every=4, lag=1) as guard:
+        for step in range(40):
+            tokens = torch.tensor([17 * step + 7, 31 * step + 11])
+            model(tokens).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        guard.flush()
+        records = [r for r in guard.log if r.parameters is not None]
+    assert len(records) >= 10
+    for record in records:
+        embedding, dense = record.parameters[0].drift, record.parameters[1].drift
+        assert 0 < embedding.moved_fraction < 0.5 < dense.moved_fraction

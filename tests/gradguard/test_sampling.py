@@ -44,3 +44,22 @@ def test_a_reading_is_not_changed_by_the_next_one():
     assert torch.equal(before, torch.zeros_like(before))
     assert torch.equal(after, torch.ones_like(after))
     assert sum(sample.layout().sections) == len(after)
+
+
+def test_a_dense_table_is_not_searched_and_others_still_are():
+    """Extra positions stand in the tables that are not known to move all over, until told otherwise."""
+    parameters = [torch.zeros(2048, 64), torch.zeros(4096, 32)]
+    sample = ParameterSample(parameters, sections=[2], per_tensor=256, budget=10_000)
+    gradients = [torch.ones_like(p) for p in parameters]
+
+    def samples() -> list[int]:
+        sample.aim(gradients)
+        assert len(sample.take()) == sum(sample.layout().sections)
+        owners = sample.layout().parameters
+        return [int((owners == index).sum()) for index in range(2)]
+
+    both = samples()
+    sample.set_dense({0})
+    assert samples() == [both[0] - 128, both[1]]
+    sample.set_dense(())
+    assert samples() == both
