@@ -88,6 +88,26 @@ def tensor_norms(tensors: Sequence[Tensor], *, order: int = 2) -> Tensor:
         return _norms_together(tensors, order)
 
 
+def zero_tests(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a vector with a number for every tensor: 0 exactly when all its entries are 0.
+
+    It is not finite when an entry is not, and else positive: the largest magnitude of large tensors on the
+    CPU, which takes a fourth of the time there, the L1 norm of all others.
+
+    Sync: as for :func:`tensor_norms`.
+    """
+    large = [i for i, t in enumerate(tensors) if _is_plain_float32(t) and t.numel() >= _LARGE]
+    if not large:
+        return tensor_norms(tensors, order=1)
+    others = sorted(set(range(len(tensors))).difference(large))
+    with torch.no_grad():
+        extremes = torch.stack([torch.stack(torch.aminmax(tensors[i])) for i in large])
+        found = [extremes.abs().amax(1)]
+        if others:
+            found.append(tensor_norms([tensors[i] for i in others], order=1))
+        return torch.cat(found)[torch.tensor([*large, *others]).argsort()]
+
+
 def planned_norms(tensors: Sequence[Tensor], plan: NormPlan) -> Tensor:
     """Return the L2 norms of :func:`tensor_norms`, without working out anew how they are read best.
 

@@ -25,7 +25,7 @@ from gradguard.drift import DriftMeter, averaged_distance
 from gradguard.gate import StepGate
 from gradguard.gradient_samples import GradientSamples
 from gradguard.holdings import Holdings
-from gradguard.norms import NormPlan, nonfinite_counts, norm_plan, planned_norms, tensor_norms
+from gradguard.norms import NormPlan, nonfinite_counts, norm_plan, planned_norms, zero_tests
 from gradguard.records import StepOutcome, StepRecord
 from gradguard.scaler import (
     innermost_optimizer,
@@ -252,7 +252,7 @@ class OptimizerWatch:
         norms = planned_norms(present, self._norm_plan(draft.with_gradient, present))
         draft.put("norms", norms if scale is None else norms / scale.to(norms.device))
         if draft.detailed:
-            draft.put("paths", tensor_norms(present, order=1))
+            draft.put("paths", zero_tests(present))
         if self._alert_steps:
             draft.put("counts", nonfinite_counts(present))
             self._alert_steps = max(0, self._alert_steps - 1)

@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
-        "--steps", type=int, default=60, help="RIS steps per half, above 50 (default 60)"
+        "--steps", type=int, default=120, help="RIS steps per half, above 50 (default 120)"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradguard as gg
-from gradguard.norms import norm_plan, planned_norms
+from gradguard.norms import norm_plan, planned_norms, zero_tests
 
 KINDS = {
     "float32": lambda g: torch.randn(5, 3, generator=g),
@@ -157,3 +157,24 @@ def test_tensors_of_one_shape_share_a_kernel():
     assert plan.others == plan.large == ()
     assert len(plan.alike) == 5
     assert all(sum(t.numel() for t in pick(tensors)) <= 2**17 for pick in plan.alike)
+
+
+@given(
+    values=st.lists(
+        st.sampled_from([0.0, -0.0, 1e-45, -1e-30, 1.0, -3e38, math.inf, -math.inf, math.nan]),
+        min_size=1,
+        max_size=4,
+    ),
+    sizes=st.permutations([3, 2**16, 2**17, 5000]),
+    place=st.integers(0, 2**16 - 1),
+)
+def test_a_zero_test_is_zero_only_for_zeros_and_finite_only_for_finite_values(values, sizes, place):
+    """Large and small tensors in any order: one entry that is not zero, or not finite, is enough."""
+    tensors = [torch.zeros(size) for size in sizes]
+    for tensor, value in zip(tensors, values, strict=False):
+        tensor[place % len(tensor)] = value
+    found = zero_tests(tensors)
+    expected = [*values, *[0.0] * (len(sizes) - len(values))]
+    assert (found == 0).tolist() == [value == 0 for value in expected]
+    assert found.isfinite().tolist() == [math.isfinite(value) for value in expected]
+    assert not bool((found < 0).any())
