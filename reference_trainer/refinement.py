@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from reference_trainer.physics import ScenePhysics
     from reference_trainer.positions import Positions
+    from reference_trainer.residual_search import Grid
     from reference_trainer.scenes import Scenes
     from reference_trainer.sensing import SensingBlocks
 
@@ -85,11 +86,7 @@ def refine(
         places = [_active_parameters(start.select(rows), count) for start in begun]
         fit = Fit(parameters=places[0], residual=blocks.energy)
         if count:
-            fit = _best_end(physics, blocks, places, iterations)
-            if points is not None:
-                response = grid_response(blocks, points)
-                fit = mend(physics, blocks, points, response, fit, rounds=replacements)
-            fit = descend(physics, blocks, fit.parameters, iterations=iterations)
+            fit = _fitted(physics, blocks, points, places, iterations, replacements)
         parameters[rows.unsqueeze(-1), active_slots(active[rows], count)] = fit.parameters
         misfit[rows] = fit.residual / blocks.noise_power
     return LikelihoodFit(positions=to_positions(parameters, active, scenes), misfit=misfit)
@@ -99,6 +96,22 @@ def _active_parameters(positions: Positions, count: int) -> Tensor:
     """The parameters ``[B, count, 3]`` of the active slots."""
     slots = active_slots(positions.active, count)
     return to_parameters(positions).gather(1, slots.unsqueeze(-1).expand(-1, -1, 3))
+
+
+def _fitted(
+    physics: ScenePhysics,
+    blocks: SensingBlocks,
+    points: Grid | None,
+    starts: Sequence[Tensor],
+    iterations: int,
+    replacements: int,
+) -> Fit:
+    """The fit of scenes with as many sources: the best end, mended on ``points``, settled."""
+    fit = _best_end(physics, blocks, starts, iterations)
+    if points is not None:
+        response = grid_response(blocks, points)
+        fit = mend(physics, blocks, points, response, fit, rounds=replacements)
+    return descend(physics, blocks, fit.parameters, iterations=iterations)
 
 
 def _best_end(
