@@ -42,7 +42,7 @@ def locally_fitted_factor(
     scenes: Scenes,
     proposals: Sequence[Positions],
     *,
-    rounds: int = 9,
+    rounds: int = 20,
     columns: int = 16,
     chunk_scenes: int = 16,
 ) -> Tensor:

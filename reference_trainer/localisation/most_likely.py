@@ -16,10 +16,14 @@ from reference_trainer.unconditional import refine_unconditional
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reference_trainer.likelihood import LikelihoodFit
     from reference_trainer.physics import ScenePhysics
     from reference_trainer.positions import Positions
     from reference_trainer.residual_search import GridShape
     from reference_trainer.scenes import Scenes
+
+_COMPARED_AFTER = 5
+"""Steps of the unconditional likelihood after which the ends from several starts are compared."""
 
 
 def most_likely_of_all(
@@ -33,12 +37,28 @@ def most_likely_of_all(
     return _settled(physics, scenes, found)
 
 
-def most_likely_from(physics: ScenePhysics, scenes: Scenes, *starts: Positions) -> Positions:
-    """Return the most likely positions near ``starts``, of which the better counts in each scene.
+def most_likely_from(
+    physics: ScenePhysics, scenes: Scenes, start: Positions, *others: Positions
+) -> Positions:
+    """Return the most likely positions near some starts, of which the best end counts in each scene.
+
+    Which end is best is for the likelihood to say that has the last word. The conditional one chooses on
+    the way, so where it has not, every start goes that way alone.
 
     Args and errors: as :func:`reference_trainer.refinement.refine`. Sync: often.
     """
-    return _settled(physics, scenes, refine(physics, scenes, *starts).positions)
+    if physics.symbols == "constant":
+        return refine(physics, scenes, start, *others).positions
+    best = _nearly_settled(physics, scenes, start)
+    for other in others:
+        best = best.better_of(_nearly_settled(physics, scenes, other))
+    return _settled(physics, scenes, best.positions)
+
+
+def _nearly_settled(physics: ScenePhysics, scenes: Scenes, start: Positions) -> LikelihoodFit:
+    """An end that is near enough to be compared: a few steps of the unconditional likelihood."""
+    found = refine(physics, scenes, start).positions
+    return refine_unconditional(physics, scenes, found, iterations=_COMPARED_AFTER)
 
 
 def _settled(physics: ScenePhysics, scenes: Scenes, found: Positions) -> Positions:
