@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from reference_trainer.descent import ANGLE_MARGIN_RAD
 from reference_trainer.geometry import steering_vectors
+from reference_trainer.likelihood import LikelihoodFit
+from reference_trainer.localisation.most_likely import most_likely_from
 from reference_trainer.matching import source_errors
 from reference_trainer.metrics import summarise
 from reference_trainer.physics import ScenePhysics
@@ -108,6 +111,39 @@ def test_it_is_nearer_the_sources_than_the_conditional_likelihood() -> None:
     assert after.azimuth_deg.median < before.azimuth_deg.median
     assert after.elevation_deg.median < before.elevation_deg.median
     assert after.within_2_deg >= before.within_2_deg
+
+
+def test_between_two_starts_this_likelihood_decides() -> None:
+    """With each start right in every other scene, the end is as likely as the better one's."""
+    scenes = drawn(24)
+    truth = true_positions(scenes)
+    elsewhere = {"azimuth_rad": truth.azimuth_rad / 2, "elevation_rad": -truth.elevation_rad}
+    astray = replace(truth, **elsewhere)
+    even = torch.arange(0, 24, 2)
+    one = astray.replaced(even, truth.select(even))
+    two = truth.replaced(even, astray.select(even))
+
+    def cost(*starts: Positions) -> Tensor:
+        found = most_likely_from(PHYSICS, scenes, *starts)
+        return refine_unconditional(PHYSICS, scenes, found, iterations=1).misfit
+
+    alone = cost(one), cost(two)
+    together = cost(one, two)
+    assert all(float((single - together).max()) > 1.0 for single in alone)
+    assert float((together - torch.minimum(*alone)).max()) < 0.01
+
+
+def test_the_better_of_two_fits_is_chosen_scene_by_scene() -> None:
+    """Positions and misfit come from the fit with the smaller misfit, and of equals from the first."""
+    scenes = drawn(3)
+    here = true_positions(scenes)
+    there = replace(here, azimuth_rad=here.azimuth_rad + 1.0)
+    one = LikelihoodFit(positions=here, misfit=torch.tensor([1.0, 2.0, 3.0]))
+    other = LikelihoodFit(positions=there, misfit=torch.tensor([2.0, 1.0, 3.0]))
+    better = one.better_of(other)
+    assert better.misfit.tolist() == [1.0, 1.0, 3.0]
+    expected = torch.stack([here.azimuth_rad[0], there.azimuth_rad[1], here.azimuth_rad[2]])
+    assert torch.equal(better.positions.azimuth_rad, expected)
 
 
 def test_fits_do_not_depend_on_chunks_and_stay_in_the_region() -> None:
