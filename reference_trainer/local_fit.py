@@ -42,9 +42,9 @@ def locally_fitted_factor(
     scenes: Scenes,
     proposals: Sequence[Positions],
     *,
-    rounds: int = 20,
+    rounds: int = 15,
     columns: int = 16,
-    chunk_scenes: int = 16,
+    chunk_scenes: int = 8,
 ) -> Tensor:
     """Return the factor of the covariance fitted around ``proposals``, complex64 ``[B, N, columns]``.
 
@@ -55,7 +55,8 @@ def locally_fitted_factor(
             wrong, too many, or name a source twice.
         rounds: of the fixed point with the atoms that are kept.
         columns: strongest eigenvectors of the fitted covariance to keep.
-        chunk_scenes: scenes worked on together.
+        chunk_scenes: scenes worked on together: a few on a CPU, where large blocks of memory are paid for
+            at every turn; more on a GPU.
 
     Raises:
         ValueError: no proposals, of another number of scenes, or an option below 1.

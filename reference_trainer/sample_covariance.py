@@ -74,7 +74,7 @@ class Atoms:
 
 @torch.no_grad()
 def fitted_factor(
-    physics: ScenePhysics, scenes: Scenes, *, columns: int = 16, chunk_scenes: int = 32
+    physics: ScenePhysics, scenes: Scenes, *, columns: int = 16, chunk_scenes: int = 8
 ) -> Tensor:
     """Return the factor of the fitted covariance, complex64 ``[B, N, columns]``, of trace N.
 
@@ -85,7 +85,8 @@ def fitted_factor(
         physics: geometry, field of view and the symbol model.
         scenes: what was received, the codes, the channel and the signal-to-noise ratio are read.
         columns: strongest eigenvectors of the fitted covariance to keep.
-        chunk_scenes: scenes worked on together.
+        chunk_scenes: scenes worked on together: a few on a CPU, where large blocks of memory are paid for
+            at every turn; more on a GPU.
 
     Raises:
         ValueError: ``columns`` is below 1.
