@@ -75,21 +75,61 @@ def refine(
     Sync: often (which scenes have converged). Memory: about 0.5 MB a scene of the chunk, with
     replacements 3 MB more.
     """
+    options = {"iterations": iterations, "replacements": replacements, "chunk": chunk}
+    return _refined(physics, scenes, starts, grid, together=True, **options)[0]
+
+
+def refine_each(
+    physics: ScenePhysics,
+    scenes: Scenes,
+    *starts: Positions,
+    iterations: int = 6,
+    replacements: int = 5,
+    grid: GridShape = REPLACEMENT_GRID,
+    chunk: int = 32,
+) -> list[LikelihoodFit]:
+    """Return for each of ``starts`` what :func:`refine` gives for it alone, in less time.
+
+    Args, errors, Sync and Memory: as :func:`refine`.
+    """
+    options = {"iterations": iterations, "replacements": replacements, "chunk": chunk}
+    return _refined(physics, scenes, starts, grid, together=False, **options)
+
+
+def _refined(
+    physics: ScenePhysics,
+    scenes: Scenes,
+    starts: Sequence[Positions],
+    grid: GridShape,
+    *,
+    together: bool,
+    iterations: int,
+    replacements: int,
+    chunk: int,
+) -> list[LikelihoodFit]:
+    """One fit for all starts together, or one for each."""
     _require(scenes, starts, iterations=iterations, chunk=chunk, replacements=replacements)
     device = scenes.snapshots.device
     begun = [start.to(device) for start in starts]
     points = make_grid(physics, grid, device=device) if replacements else None
-    parameters, active = to_parameters(begun[0]), begun[0].active
-    misfit = torch.empty(len(scenes), dtype=torch.float64, device=device)
+    found = [to_parameters(start) for start in (begun[:1] if together else begun)]
+    misfits = [torch.empty(len(scenes), dtype=torch.float64, device=device) for _ in found]
     for rows, count in alike(begun[0].num_sources, chunk):
         blocks = sensing_blocks(physics, scenes.select(rows))
         places = [_active_parameters(start.select(rows), count) for start in begun]
-        fit = Fit(parameters=places[0], residual=blocks.energy)
+        fits = [Fit(parameters=place, residual=blocks.energy) for place in places[: len(found)]]
         if count:
-            fit = _fitted(physics, blocks, points, places, iterations, replacements)
-        parameters[rows.unsqueeze(-1), active_slots(active[rows], count)] = fit.parameters
-        misfit[rows] = fit.residual / blocks.noise_power
-    return LikelihoodFit(positions=to_positions(parameters, active, scenes), misfit=misfit)
+            ends = [descend(physics, blocks, place, iterations=iterations) for place in places]
+            ends = [_best(ends)] if together else ends
+            fits = _settled(physics, blocks, points, ends, iterations, replacements)
+        for start, parameters, misfit, fit in zip(begun, found, misfits, fits, strict=False):
+            slots = active_slots(start.active[rows], count)
+            parameters[rows.unsqueeze(-1), slots] = fit.parameters
+            misfit[rows] = fit.residual / blocks.noise_power
+    return [
+        LikelihoodFit(positions=to_positions(parameters, start.active, scenes), misfit=misfit)
+        for start, parameters, misfit in zip(begun, found, misfits, strict=False)
+    ]
 
 
 def _active_parameters(positions: Positions, count: int) -> Tensor:
@@ -98,27 +138,24 @@ def _active_parameters(positions: Positions, count: int) -> Tensor:
     return to_parameters(positions).gather(1, slots.unsqueeze(-1).expand(-1, -1, 3))
 
 
-def _fitted(
+def _settled(
     physics: ScenePhysics,
     blocks: SensingBlocks,
     points: Grid | None,
-    starts: Sequence[Tensor],
+    ends: Sequence[Fit],
     iterations: int,
     replacements: int,
-) -> Fit:
-    """The fit of scenes with as many sources: the best end, mended on ``points``, settled."""
-    fit = _best_end(physics, blocks, starts, iterations)
+) -> list[Fit]:
+    """The fits of scenes with as many sources, mended on ``points`` and settled again."""
     if points is not None:
         response = grid_response(blocks, points)
-        fit = mend(physics, blocks, points, response, fit, rounds=replacements)
-    return descend(physics, blocks, fit.parameters, iterations=iterations)
+        ends = [mend(physics, blocks, points, response, one, rounds=replacements) for one in ends]
+    return [descend(physics, blocks, one.parameters, iterations=iterations) for one in ends]
 
 
-def _best_end(
-    physics: ScenePhysics, blocks: SensingBlocks, starts: Sequence[Tensor], iterations: int
-) -> Fit:
-    """Of every scene the best end of a descent from one of ``starts``, each ``[B, K, 3]``."""
-    best, *others = (descend(physics, blocks, one, iterations=iterations) for one in starts)
+def _best(ends: Sequence[Fit]) -> Fit:
+    """Of every scene the best of some ends."""
+    best, *others = ends
     for end in others:
         best = best.better_of(end)
     return best

@@ -7,16 +7,16 @@ unconditional likelihood has the last word, from scratch and from a network alik
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
-from reference_trainer.likelihood import maximum_likelihood
-from reference_trainer.refinement import refine
+from reference_trainer.likelihood import LikelihoodFit, maximum_likelihood
+from reference_trainer.refinement import refine, refine_each
 from reference_trainer.unconditional import refine_unconditional
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reference_trainer.likelihood import LikelihoodFit
     from reference_trainer.physics import ScenePhysics
     from reference_trainer.positions import Positions
     from reference_trainer.residual_search import GridShape
@@ -49,16 +49,12 @@ def most_likely_from(
     """
     if physics.symbols == "constant":
         return refine(physics, scenes, start, *others).positions
-    best = _nearly_settled(physics, scenes, start)
-    for other in others:
-        best = best.better_of(_nearly_settled(physics, scenes, other))
+    ends = [
+        refine_unconditional(physics, scenes, fit.positions, iterations=_COMPARED_AFTER)
+        for fit in refine_each(physics, scenes, start, *others)
+    ]
+    best = reduce(LikelihoodFit.better_of, ends)
     return _settled(physics, scenes, best.positions)
-
-
-def _nearly_settled(physics: ScenePhysics, scenes: Scenes, start: Positions) -> LikelihoodFit:
-    """An end that is near enough to be compared: a few steps of the unconditional likelihood."""
-    found = refine(physics, scenes, start).positions
-    return refine_unconditional(physics, scenes, found, iterations=_COMPARED_AFTER)
 
 
 def _settled(physics: ScenePhysics, scenes: Scenes, found: Positions) -> Positions:

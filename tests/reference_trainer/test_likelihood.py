@@ -22,7 +22,7 @@ from reference_trainer.likelihood import (
 from reference_trainer.physics import ScenePhysics, SymbolModel
 from reference_trainer.positions import Positions, true_positions
 from reference_trainer.pursuit import explained_alone
-from reference_trainer.refinement import refine
+from reference_trainer.refinement import refine, refine_each
 from reference_trainer.residual_search import GridShape, gains, grid_response, make_grid
 from reference_trainer.scenes import Scenes, draw_scenes
 from reference_trainer.sensing import SensingBlocks, sensed, sensing_blocks
@@ -249,6 +249,24 @@ def test_of_several_starts_the_better_counts(symbols: SymbolModel) -> None:
     torch.testing.assert_close(both.misfit, swapped.misfit, rtol=1e-3, atol=0)
     assert bool((alone[0] > both.misfit + 1).any())
     assert bool((alone[1] > both.misfit + 1).any())
+
+
+@pytest.mark.parametrize("symbols", MODELS)
+def test_each_start_is_refined_as_if_it_were_alone(symbols: SymbolModel) -> None:
+    """All at once or one by one: the same ends to the bit, in the slots of each."""
+    physics, scenes = drawn(symbols, 6)
+    truth = true_positions(scenes)
+    turned = replace(truth, **{name: getattr(truth, name).flip(1) for name in truth.__slots__})
+    astray = replace(turned, elevation_rad=-turned.elevation_rad)
+    for start, fit in zip(
+        (truth, astray), refine_each(physics, scenes, truth, astray), strict=True
+    ):
+        alone = refine(physics, scenes, start)
+        assert torch.equal(fit.misfit, alone.misfit)
+        assert torch.equal(fit.positions.active, start.active)
+        assert torch.equal(
+            fit.positions.range_m[start.active], alone.positions.range_m[start.active]
+        )
 
 
 def test_starts_must_agree_on_the_number_of_sources() -> None:
