@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -12,27 +10,23 @@ from typing import Self, TypeVar
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from gradguard.boundary import Boundary
 from gradguard.deferred import DeferredRows
 from gradguard.diagnosis import Diagnosis
 from gradguard.draft import Draft
 from gradguard.facts import Fact, RunEnd
-from gradguard.findings import (
-    GUARD_FAULT,
-    RECORDING_FAULT,
-    SCALER_BYPASSED,
-    Finding,
-    Severity,
-)
+from gradguard.findings import Finding
+from gradguard.journal import Journal
 from gradguard.records import StepRecord
-from gradguard.rundir import RunDirectory, RunDirectoryError
-from gradguard.runlog import LogEntry, RunLog, RunLogError
-from gradguard.scaler import UpdateWatch
+from gradguard.rundir import RunDirectory
+from gradguard.runlog import RunLog
 from gradguard.sensors.batch_watch import TRAIN
 from gradguard.sensors.copies import ROLES, Role
 from gradguard.sensors.sensors import PROBES, Clock, Sensors
 from gradguard.stepwatch import OptimizerWatch
 from gradguard.surroundings import Surroundings
-from gradguard.window import Number, checked
+from gradguard.updates import ScalerUpdates
+from gradguard.window import Number, checked, copies_of
 
 Batch = TypeVar("Batch")
 Listener = Callable[[StepRecord], None]
@@ -50,20 +44,18 @@ class Guard:
     def __init__(
         self, *, lag: int, strict: bool, judge: Callable[[RunLog], Diagnosis] | None = None
     ) -> None:
-        self.log = RunLog()
+        self._journal = Journal()
+        self._boundary = Boundary(strict=strict, report=self._journal.add_finding)
+        self._protect = self._boundary.protect
+        self._updates = ScalerUpdates(protect=self._protect, report=self._journal.add_finding)
+        self.log = self._journal.log
         self._judge = judge
         self._surroundings: Surroundings | None = None
         self._sensors: Sensors | None = None
         self._batches: int | None = None
         self._ended = False
-        self._strict = strict
         self._watches: dict[str, OptimizerWatch] = {}
         self._listeners: list[Listener] = []
-        self._broken: set[str] = set()
-        self._reported: set[str] = set()
-        self._update_watches: list[UpdateWatch] = []
-        self._recorder: RunDirectory | None = None
-        self._depth, self._spent_s = 0, 0.0
         self._rows: DeferredRows[tuple[OptimizerWatch, Draft]] = DeferredRows(
             self._deliver, lag=lag, max_age_s=_MAX_AGE_S
         )
@@ -106,9 +98,10 @@ class Guard:
         watches = self._chosen(optimizer)
 
         def work() -> None:
+            copies = copies_of(values)
             for watch in watches:
                 for key, value in values.items():
-                    watch.observe(key, value)
+                    watch.observe(key, value, copies[key])
 
         self._protect("observe", work)
         if self._sensors is not None:
@@ -225,7 +218,7 @@ class Guard:
 
         Sync: none.
         """
-        self._protect("scaler", partial(self._before_update, self._chosen(optimizer)))
+        self._updates.begin(self._chosen(optimizer))
 
     def after_update(self, optimizer: str | None = None) -> None:
         """Read the scaler right after ``scaler.update()``; only for ``watch(..., wrap_update=False)``.
@@ -235,7 +228,7 @@ class Guard:
 
         Sync: none.
         """
-        self._protect("scaler", partial(self._after_update, self._chosen(optimizer)))
+        self._updates.end(self._chosen(optimizer))
 
     def subscribe(self, listener: Listener) -> None:
         """Call ``listener(record)`` for every record once it has arrived; a fault in it is a finding."""
@@ -287,12 +280,8 @@ class Guard:
             self._protect("end", lambda: self.add_fact(self._end(error)))
         for watch in self._watches.values():
             watch.close()
-        for update_watch in self._update_watches:
-            update_watch.remove()
-        self._update_watches = []
-        recorder, self._recorder = self._recorder, None
-        if recorder is not None:
-            self._recording(recorder.close)
+        self._updates.close()
+        self._journal.close()
 
     def __enter__(self) -> Self:
         return self
@@ -313,14 +302,7 @@ class Guard:
 
     def follow_updates(self, scaler: GradScaler, names: Sequence[str]) -> None:
         """Read ``scaler`` around each of its updates, for the optimizers with these names."""
-        watches = [self._watches[name] for name in names]
-        self._update_watches.append(
-            UpdateWatch(
-                scaler,
-                before=lambda: self._protect("scaler", partial(self._before_update, watches)),
-                after=lambda: self._protect("scaler", partial(self._after_update, watches)),
-            )
-        )
+        self._updates.follow(scaler, [self._watches[name] for name in names])
 
     def look_around(self, surroundings: Surroundings) -> None:
         """Read the model and its optimizers now, and again on detailed steps if they have changed."""
@@ -345,18 +327,17 @@ class Guard:
 
     def add_fact(self, fact: Fact) -> None:
         """Add one fact to the log and to the run directory."""
-        self.log.add_fact(fact)
-        self._write(fact)
+        self._journal.add_fact(fact)
 
     def record_to(self, directory: RunDirectory) -> None:
         """Write every record and finding to ``directory`` too."""
-        self._recorder = directory
+        self._journal.record_to(directory)
 
     def emit(self, watch: OptimizerWatch, draft: Draft) -> None:
         """Queue a finished draft."""
         if draft.detailed:
             self._protect("setup", self._read_surroundings)
-        draft.guard_s, self._spent_s = self._spent_s, 0.0
+        draft.guard_s = self._boundary.take_spent_s()
         self._protect("records", lambda: self._rows.push((watch, draft), draft.pack()))
 
     def protect(self, part: str, work: Callable[[], None]) -> None:
@@ -398,86 +379,14 @@ class Guard:
             error=None if error is None else error.__name__,
         )
 
-    def _before_update(self, watches: Sequence[OptimizerWatch]) -> None:
-        for watch in watches:
-            if watch.stepped_without_scaler():
-                self._report_bypass(watch)
-            watch.before_update()
-
-    def _after_update(self, watches: Sequence[OptimizerWatch]) -> None:
-        for watch in watches:
-            watch.after_update()
-
     def _deliver(self, token: tuple[OptimizerWatch, Draft], values: list[float]) -> None:
         watch, draft = token
         record = draft.record(values, watch.has_nonfinite)
         if record.nonfinite_tensors:
             watch.alert()
         watch.learn(record)
-        self.log.append(record)
-        self._write(record)
+        self._journal.append(record)
         if self._sensors is not None:
             self._sensors.delivered(record, self.log)
         for index, listener in enumerate(self._listeners):
             self._protect(f"listener {index}", partial(listener, record))
-
-    def _write(self, entry: LogEntry) -> None:
-        recorder = self._recorder
-        if recorder is not None:
-            self._recording(lambda: recorder.write(entry))
-
-    def _recording(self, work: Callable[[], None]) -> None:
-        """Write to the run directory; a full disk stops the recording and nothing else."""
-        try:
-            work()
-        except (RunDirectoryError, RunLogError) as error:
-            self._recorder = None
-            self._add(Finding(code=RECORDING_FAULT, severity=Severity.ERROR, message=str(error)))
-
-    def _add(self, finding: Finding) -> None:
-        self.log.add_finding(finding)
-        self._write(finding)
-
-    def _report_bypass(self, watch: OptimizerWatch) -> None:
-        if watch.name in self._reported:
-            return
-        self._reported.add(watch.name)
-        self._add(
-            Finding(
-                code=SCALER_BYPASSED,
-                severity=Severity.ERROR,
-                message=f"optimizer {watch.name!r} was stepped, but the watched GradScaler has not "
-                "seen it in this iteration: call scaler.step(optimizer) instead of optimizer.step(), "
-                "and pass watch() the scaler that this optimizer is stepped with (or a mapping from "
-                "optimizer name to scaler, with None for an optimizer that has none)",
-            )
-        )
-
-    def _protect(self, part: str, work: Callable[[], None]) -> None:
-        """The one boundary where a fault of the guard is kept from the user's run."""
-        if part in self._broken:
-            return
-        started_s = time.perf_counter()
-        self._depth += 1
-        try:
-            work()
-        except Exception as error:  # the boundary: becomes a finding, or is raised
-            if self._strict:
-                raise
-            self._broken.add(part)
-            self._report_fault(part, error)
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self._spent_s += time.perf_counter() - started_s
-
-    def _report_fault(self, part: str, error: Exception) -> None:
-        self._add(
-            Finding(
-                code=GUARD_FAULT,
-                severity=Severity.WARNING,
-                message=f"the guard's part {part!r} raised {type(error).__name__} and switched itself "
-                "off; the training run is not affected, its later readings are not measured",
-                detail="".join(traceback.format_exception(error)),
-            )
-        )

@@ -13,7 +13,6 @@ from gradguard.norms import dense_values
 
 SAMPLES_PER_TENSOR = 1024
 SAMPLE_BUDGET = 262_144
-_SHORTEST_RUN = 8
 _MANY_RUNS = 8
 _VALUES_PER_RUN = 1024
 _VALUES_PER_SAMPLE = 256
@@ -21,7 +20,8 @@ _LEAST_PER_TENSOR = 64
 _TABLE_MIN_ROWS = 1024
 _TABLE_ROWS, _TABLE_COLUMNS = 8, 16
 _LINE = 16
-"""How many float32 values one fetch from memory brings: a run that begins with one needs no second one."""
+"""How many float32 values one fetch from memory brings: shorter runs would fetch what they do not read, and one
+that begins with a fetch needs no second one."""
 
 
 def sample_quota(
@@ -59,7 +59,7 @@ def sample_runs(tensor: Tensor, quota: int) -> list[Tensor]:
     flat = packed.view(-1)
     if len(flat) <= quota:
         return [flat]
-    runs = max(2, min(len(flat) // _VALUES_PER_RUN, quota // _SHORTEST_RUN))
+    runs = max(2, min(len(flat) // _VALUES_PER_RUN, quota // _LINE))
     length = quota // runs
     gap = (len(flat) - length) // (runs - 1)
     if gap >= _LINE**2:

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -23,9 +22,9 @@ from gradguard.attach import BackwardCounter, around_step
 from gradguard.draft import Draft
 from gradguard.drift import DriftMeter, averaged_distance
 from gradguard.gate import StepGate
-from gradguard.gradient_samples import GradientSamples
+from gradguard.gradient_reader import GradientCensus, GradientReader
 from gradguard.holdings import Holdings
-from gradguard.norms import NormPlan, nonfinite_counts, norm_plan, planned_norms, zero_tests
+from gradguard.norms import nonfinite_counts
 from gradguard.records import StepOutcome, StepRecord
 from gradguard.scaler import (
     innermost_optimizer,
@@ -39,12 +38,6 @@ from gradguard.window import Number, Window
 
 _EARLY_STEPS = 3
 """The first steps are all measured in detail: most faults are there from the beginning."""
-
-_NAMES = 64
-"""How many parameters that never had a gradient one record names."""
-
-_ALERT_STEPS = 32
-"""How many steps non-finite entries are counted exactly after a gradient was not finite."""
 
 
 class StepSensors(Protocol):
@@ -105,7 +98,6 @@ class OptimizerWatch:
         self._scaler_ref = None if scaler is None else weakref.ref(scaler)
         self._averaged, self._protect, self._emit = averaged, protect, emit
         self._steps = 0
-        self._alert_steps = 0
         self._window = Window()
         self._inside: Draft | None = None  # between the step's hooks
         self._pending: Draft | None = None  # stepped, waiting for scaler.update()
@@ -115,11 +107,9 @@ class OptimizerWatch:
         self._ended_s: float | None = None
         self._meter: DriftMeter | None = None
         self._held = self._hold()
-        self._planned: tuple[list[int], NormPlan] | None = None
         self._backwards = BackwardCounter(self._held.parameters)
-        self._samples = GradientSamples(self._held.parameters)
-        self._had_gradient: set[str] = set()
-        self._all_had_gradient = False
+        self._reader = GradientReader(self._held.parameters)
+        self._census = GradientCensus()
         self._state_left: int | None = None
         self._updates = 0
         self._schedulers: list[FoundScheduler] = []
@@ -165,9 +155,9 @@ class OptimizerWatch:
     def _refresh(self) -> None:
         """Notice added groups and parameters that were given new storage."""
         if not self._held.are_current(self._optimizer, thorough=self._is_detailed()):
-            self._held, self._planned = self._hold(), None
+            self._held = self._hold()
             self._backwards.listen(self._held.parameters)
-            self._samples.listen(self._held.parameters)
+            self._reader.listen(self._held.parameters)
 
     def _is_detailed(self) -> bool:
         return self._steps < _EARLY_STEPS or self._steps % self._settings.detail_every == 0
@@ -242,26 +232,8 @@ class OptimizerWatch:
         return gradients
 
     def _measure_gradients(self, draft: Draft, gradients: list[Tensor | None]) -> None:
-        present = [g for g in gradients if g is not None]
         scale = getattr(self._optimizer, "grad_scale", None)  # fused: the step itself unscales
-        if not self._closure:  # a closure makes and clears gradients as often as it is called
-            for key, values in self._samples.readings(gradients, scale).items():
-                draft.tensors[f"samples:{key}"] = values
-        if not present:
-            return
-        norms = planned_norms(present, self._norm_plan(draft.with_gradient, present))
-        draft.put("norms", norms if scale is None else norms / scale.to(norms.device))
-        if draft.detailed:
-            draft.put("paths", zero_tests(present))
-        if self._alert_steps:
-            draft.put("counts", nonfinite_counts(present))
-            self._alert_steps = max(0, self._alert_steps - 1)
-
-    def _norm_plan(self, places: list[int], present: list[Tensor]) -> NormPlan:
-        """Return how to read the norms, worked out anew when other parameters have a gradient."""
-        if self._planned is None or self._planned[0] != places:
-            self._planned = places, norm_plan(present)
-        return self._planned[1]
+        self._reader.read(draft, gradients, scale, sampled=not self._closure)
 
     def _measure_averaged(self, draft: Draft) -> None:
         pairs = [
@@ -303,7 +275,7 @@ class OptimizerWatch:
         if self._sensors is not None:
             self._sensors.before_step()
         draft, gradients = self._new_draft()
-        self._alert_steps += 1  # the host knows that something is wrong: count exactly
+        self._reader.alert(steps=1)  # the host knows that something is wrong: count exactly
         self._protect("gradients", lambda: self._measure_gradients(draft, gradients))
         return draft
 
@@ -329,7 +301,7 @@ class OptimizerWatch:
         draft.activity["scaler_updates"] = self._updates if self._scaler is not None else None
         draft.activity.update(self._forwards())
         self._updates = 0
-        self._samples.reset()
+        self._reader.reset()
         self._state_left = len(self._optimizer.state)
         self.commit()
         self._open, self._window = draft, Window()
@@ -347,18 +319,7 @@ class OptimizerWatch:
 
     def _count_without_gradient(self, draft: Draft) -> None:
         """Note which parameters had no gradient, now and in every attempt so far."""
-        names = self._held.names
-        missing = len(names) - len(draft.with_gradient)
-        never: tuple[str, ...] = ()
-        if missing == 0:
-            self._all_had_gradient = True
-        else:  # frozen parameters, experts, or something to report
-            pairs = list(zip(names, self._held.parameters, strict=True))
-            present = set(draft.with_gradient)
-            missing = sum(p.requires_grad and i not in present for i, (_, p) in enumerate(pairs))
-            self._had_gradient.update(names[i] for i in draft.with_gradient)
-            without = (n for n, p in pairs if p.requires_grad and n not in self._had_gradient)
-            never = () if self._all_had_gradient else tuple(islice(without, _NAMES))
+        missing, never = self._census.take(draft, self._held.parameters)
         draft.activity["without_gradient"], draft.activity["never_gradient"] = missing, never
         if never and self._sensors is not None:
             draft.activity["uncalled"] = self._sensors.uncalled(never)
@@ -371,14 +332,20 @@ class OptimizerWatch:
 
     # --- from the user -------------------------------------------------------------------------
 
-    def observe(self, key: str, value: Number) -> None:
-        """Add an observation to the step it belongs to: the last one, unless that has its share."""
+    def observe(self, key: str, value: Number, copied: Number) -> None:
+        """Add an observation to the step it belongs to: the last one, unless that has its share.
+
+        Args:
+            key: of the observation.
+            value: as the user gave it.
+            copied: what :func:`gradguard.window.copies_of` made of it.
+        """
         last = self._pending or self._open
         late = last is not None and self._backwards.count == 0
         if late and last is not None and last.window.seen(key) < max(1, last.micro_steps or 1):
-            last.window.add(key, value)
+            last.window.add(key, copied)
         else:
-            self._window.add(key, value)
+            self._window.add(key, copied)
             self._window.follow(key, value)
 
     def use_sensors(self, sensors: StepSensors) -> None:
@@ -413,7 +380,7 @@ class OptimizerWatch:
 
     def alert(self) -> None:
         """Count non-finite entries exactly for some steps."""
-        self._alert_steps = _ALERT_STEPS
+        self._reader.alert()
 
     def has_nonfinite(self) -> bool:
         """Whether any parameter holds NaN or Inf now. Sync: one read."""
@@ -444,6 +411,6 @@ class OptimizerWatch:
         """Remove every hook and let go of everything that is watched."""
         self._handles.close()
         self._backwards.close()
-        self._samples.close()
+        self._reader.close()
         self._finalizer.detach()
         self._forget()

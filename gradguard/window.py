@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
+
+from gradguard.sampling import wide_dtype
 
 Number = Tensor | float
 
@@ -19,11 +22,7 @@ class Mean:
     count: int = 0
 
     def add(self, value: Number) -> None:
-        """Add one value; a tensor is copied, so that later writes to it do not matter. Sync: none."""
-        if isinstance(value, Tensor):
-            wide = torch.float32 if value.device.type == "mps" else torch.float64
-            value = value.detach().to(wide, copy=True)
-            value = value.reshape(()) if value.dim() else value
+        """Add one value; a tensor must not be written any more (see :func:`copies_of`). Sync: none."""
         if isinstance(value, Tensor) and isinstance(self.total, Tensor):
             value = value.to(self.total.device, non_blocking=True)
         self.total = value if self.count == 0 else self.total + value
@@ -51,7 +50,7 @@ class Window:
     hooked: dict[str, int] = field(default_factory=dict)
 
     def add(self, key: str, value: Number) -> None:
-        """Add one observation under ``key``."""
+        """Add one observation under ``key``; a tensor must be a copy."""
         self.means.setdefault(key, Mean()).add(value)
 
     def follow(self, key: str, value: Number) -> None:
@@ -69,7 +68,32 @@ class Window:
 
 
 def _note(weights: dict[str, Mean], key: str, gradient: Tensor) -> None:
-    weights.setdefault(key, Mean()).add(gradient)
+    weights.setdefault(key, Mean()).add(copies_of({key: gradient})[key])
+
+
+def copies_of(values: Mapping[str, Number]) -> dict[str, Number]:
+    """Return the values as they are now: tensors as 0-dim copies in wide precision. Sync: none.
+
+    Tensors of one kind are copied together: a loss may have a dozen terms.
+
+    Args:
+        values: floats, and tensors of one value each.
+    """
+    copies = dict(values)
+    kinds: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            kinds.setdefault((value.dtype, value.device), {})[key] = value
+    with torch.no_grad():
+        for (_, device), alike in kinds.items():
+            flat = [value.reshape(()) if value.dim() else value for value in alike.values()]
+            wide = wide_dtype(device)
+            if len(flat) == 1:
+                copied: Sequence[Tensor] = (flat[0].to(wide, copy=True),)
+            else:
+                copied = torch.stack(flat).to(wide).unbind()
+            copies.update(zip(alike, copied, strict=True))
+    return copies
 
 
 def checked(key: str, value: object) -> Number:

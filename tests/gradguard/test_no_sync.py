@@ -51,7 +51,7 @@ def test_the_lint_would_notice():
     """The same check fails for a guard that reads one value per step."""
     bare, _ = training_step(optimizer_name="adamw-fused", amp=False, guarded=False)
     guarded, guard = training_step(optimizer_name="adamw-fused", amp=False, guarded=True)
-    guard._watches["optimizer"].observe = lambda _, value: float(value)
+    guard._watches["optimizer"].observe = lambda _, value, __: float(value)
     with pytest.raises(AssertionError, match="_local_scalar_dense"):
         assert_no_host_reads(guarded, allowed=count_host_reads(bare))
     guard.detach()

@@ -173,7 +173,7 @@ def test_a_zero_test_is_zero_only_for_zeros_and_finite_only_for_finite_values(va
     tensors = [torch.zeros(size) for size in sizes]
     for tensor, value in zip(tensors, values, strict=False):
         tensor[place % len(tensor)] = value
-    found = zero_tests(tensors)
+    found = zero_tests(tensors, gg.tensor_norms(tensors))
     expected = [*values, *[0.0] * (len(sizes) - len(values))]
     assert (found == 0).tolist() == [value == 0 for value in expected]
     assert found.isfinite().tolist() == [math.isfinite(value) for value in expected]
