@@ -40,15 +40,17 @@ if TYPE_CHECKING:
 REPLACEMENT_GRID = GridShape(azimuths=18, elevations=10, ranges=5)
 """Half a beam apart: enough to mend one source among others that are right."""
 
+_ITERATIONS, _REPLACEMENTS, _CHUNK = 6, 5, 32
+
 
 def refine(
     physics: ScenePhysics,
     scenes: Scenes,
     *starts: Positions,
-    iterations: int = 6,
-    replacements: int = 5,
+    iterations: int = _ITERATIONS,
+    replacements: int = _REPLACEMENTS,
     grid: GridShape = REPLACEMENT_GRID,
-    chunk: int = 32,
+    chunk: int = _CHUNK,
 ) -> LikelihoodFit:
     """Return the most likely positions that are reached from ``starts``, in the slots of the first.
 
@@ -75,37 +77,36 @@ def refine(
     Sync: often (which scenes have converged). Memory: about 0.5 MB a scene of the chunk, with
     replacements 3 MB more.
     """
-    options = {"iterations": iterations, "replacements": replacements, "chunk": chunk}
-    return _refined(physics, scenes, starts, grid, together=True, **options)[0]
+    return _refined(
+        physics,
+        scenes,
+        starts,
+        together=True,
+        iterations=iterations,
+        replacements=replacements,
+        grid=grid,
+        chunk=chunk,
+    )[0]
 
 
-def refine_each(
-    physics: ScenePhysics,
-    scenes: Scenes,
-    *starts: Positions,
-    iterations: int = 6,
-    replacements: int = 5,
-    grid: GridShape = REPLACEMENT_GRID,
-    chunk: int = 32,
-) -> list[LikelihoodFit]:
+def refine_each(physics: ScenePhysics, scenes: Scenes, *starts: Positions) -> list[LikelihoodFit]:
     """Return for each of ``starts`` what :func:`refine` gives for it alone, in less time.
 
     Args, errors, Sync and Memory: as :func:`refine`.
     """
-    options = {"iterations": iterations, "replacements": replacements, "chunk": chunk}
-    return _refined(physics, scenes, starts, grid, together=False, **options)
+    return _refined(physics, scenes, starts, together=False)
 
 
 def _refined(
     physics: ScenePhysics,
     scenes: Scenes,
     starts: Sequence[Positions],
-    grid: GridShape,
     *,
     together: bool,
-    iterations: int,
-    replacements: int,
-    chunk: int,
+    iterations: int = _ITERATIONS,
+    replacements: int = _REPLACEMENTS,
+    grid: GridShape = REPLACEMENT_GRID,
+    chunk: int = _CHUNK,
 ) -> list[LikelihoodFit]:
     """One fit for all starts together, or one for each."""
     _require(scenes, starts, iterations=iterations, chunk=chunk, replacements=replacements)
