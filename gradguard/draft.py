@@ -36,6 +36,7 @@ class Draft:
         decision_of: asks the gate for its verdict on this step; None while it is on the device.
         activity: host values of the :class:`WindowReading`, by field.
         tensors: device values by field, of any shape; they must not change any more.
+        shared_error: how far the norms of a clipping were from ours, where both were read.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Draft:
     tensors: dict[str, Sequence[Tensor]] = field(default_factory=dict)
     layout: list[tuple[str, int]] = field(default_factory=list)
     activity: dict[str, Any] = field(default_factory=dict)
+    shared_error: float | None = None
 
     def put(self, field_name: str, value: Tensor | None) -> None:
         """Add device values under a field name; None is "not measured"."""
@@ -98,6 +100,7 @@ class Draft:
                 gradient that was not finite and the sampled movement does not settle the question.
         """
         found = self.unpack(values)
+        self.shared_error = _one(found, "shared_error")
         norms = found.get("norms", ())
         total = math.hypot(*norms) if norms else None
         broken = self._broken(norms, total)

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
+import torch
 from torch import Tensor
 
+from gradguard.clipping import SharedNorms
 from gradguard.draft import Draft
 from gradguard.gradient_samples import GradientSamples
 from gradguard.norms import NormPlan, nonfinite_counts, norm_plan, planned_norms, zero_tests
 
 _ALERT_STEPS = 32
 """How many steps non-finite entries are counted exactly after a gradient was not finite."""
+
+_SHARED_ERROR = 1e-2
+"""How far the norm of a clipping may be from ours: torch's own is off by 3e-4 for ten million values."""
 
 _NAMES = 64
 """How many parameters that never had a gradient one record names."""
@@ -29,6 +34,8 @@ class GradientReader:
         self._samples = GradientSamples(parameters)
         self._planned: tuple[list[int], NormPlan] | None = None
         self._alert_steps = 0
+        self._shared = SharedNorms()
+        self._confirmed = False
 
     def listen(self, parameters: Sequence[Tensor]) -> None:
         """Read these parameters from now on."""
@@ -58,13 +65,35 @@ class GradientReader:
         present = [g for g in gradients if g is not None]
         if not present:
             return
-        norms = planned_norms(present, self._norm_plan(draft.with_gradient, present))
+        norms = self._norms(draft, present)
         draft.put("norms", norms if scale is None else norms / scale.to(norms.device))
         if draft.detailed:
             draft.put("paths", zero_tests(present, norms))
         if self._alert_steps:
             draft.put("counts", nonfinite_counts(present))
             self._alert_steps = max(0, self._alert_steps - 1)
+
+    def _norms(self, draft: Draft, present: list[Tensor]) -> Tensor:
+        """Return the norms, without a reading where a clipping has just made one."""
+        shared = self._shared.take(present)
+        if shared is not None and self._confirmed and not (draft.detailed or self._alert_steps):
+            return shared
+        norms = planned_norms(present, self._norm_plan(draft.with_gradient, present))
+        if shared is not None and draft.detailed:
+            draft.put("shared_error", _largest_error(shared, norms))
+        return norms
+
+    def share(self, norms: SharedNorms) -> None:
+        """Take norms from here, once a detailed step has shown that they are right."""
+        self._shared = norms
+
+    def confirm(self, shared_error: float) -> None:
+        """Go by shared norms only if they were those that were read.
+
+        Args:
+            shared_error: largest difference of a shared norm, relative to that of all gradients.
+        """
+        self._confirmed = shared_error <= _SHARED_ERROR
 
     def _norm_plan(self, places: list[int], present: list[Tensor]) -> NormPlan:
         """Return how to read the norms, worked out anew when other parameters have a gradient."""
@@ -83,6 +112,16 @@ class GradientReader:
     def close(self) -> None:
         """Remove every hook."""
         self._samples.close()
+
+
+def _largest_error(shared: Tensor, norms: Tensor) -> Tensor:
+    """Return the largest difference over the norm of all; 0 where the same ones are not finite. Sync: none."""
+    other = norms.to(shared.dtype)
+    whole = torch.linalg.vector_norm(other.nan_to_num(0.0, 0.0))
+    difference = torch.where(shared.isfinite() | other.isfinite(), (shared - other).abs(), 0.0)
+    tiny = torch.finfo(whole.dtype).tiny
+    error: Tensor = difference.nan_to_num(torch.inf).amax() / whole.clamp_min(tiny)
+    return error
 
 
 class GradientCensus:

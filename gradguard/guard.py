@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from gradguard.boundary import Boundary
+from gradguard.clipping import SharedNorms, clip_grad_norm_
 from gradguard.deferred import DeferredRows
 from gradguard.diagnosis import Diagnosis
 from gradguard.draft import Draft
@@ -54,6 +55,7 @@ class Guard:
         self._sensors: Sensors | None = None
         self._batches: int | None = None
         self._ended = False
+        self._norms = SharedNorms()
         self._watches: dict[str, OptimizerWatch] = {}
         self._listeners: list[Listener] = []
         self._rows: DeferredRows[tuple[OptimizerWatch, Draft]] = DeferredRows(
@@ -108,6 +110,51 @@ class Guard:
             self._sensors.observed(values)
             if targets is not None:
                 self._sensors.compared(targets)
+
+    def clip_grad_norm_(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+        *,
+        leave_nonfinite: bool = False,
+    ) -> Tensor:
+        """Clip as ``torch.nn.utils.clip_grad_norm_`` does, to the same bits; the guard need not read again.
+
+        The norm before clipping is observed too. Afterwards gradients may be written to in any way but through
+        ``.data`` or NumPy: that the guard notices on detailed steps only.
+
+        Args:
+            parameters: whose gradients are clipped, in place.
+            max_norm: largest total norm.
+            norm_type: as for torch's function.
+            error_if_nonfinite: likewise.
+            foreach: likewise.
+            leave_nonfinite: scale nothing where the norm is not finite: torch's clipping would spread a single
+                NaN over every gradient and hide where it came from.
+
+        Returns:
+            The total norm before clipping, 0-dim.
+
+        Raises:
+            RuntimeError: the norm is not finite and ``error_if_nonfinite``.
+
+        Sync: none, unless ``error_if_nonfinite``.
+        """
+        clipped = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        total, norms = clip_grad_norm_(  # not protected: its errors are the user's, as with torch
+            clipped,
+            max_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+            foreach=foreach,
+            leave_nonfinite=leave_nonfinite,
+        )
+        if norm_type == 2:
+            self._protect("clipping", lambda: self._clipped(clipped, total, norms))
+        return total
 
     def batches(self, loader: Iterable[Batch], *, split: str = TRAIN) -> Iterator[Batch]:
         """Yield the batches of ``loader``; those of split ``"train"`` are counted for the step they lead to.
@@ -299,6 +346,7 @@ class Guard:
     def add_watch(self, watch: OptimizerWatch) -> None:
         """Take over one optimizer."""
         self._watches[watch.name] = watch
+        watch.share(self._norms)
 
     def follow_updates(self, scaler: GradScaler, names: Sequence[str]) -> None:
         """Read ``scaler`` around each of its updates, for the optimizers with these names."""
@@ -355,6 +403,16 @@ class Guard:
             )
         return [self._watches[optimizer]]
 
+    def _clipped(self, parameters: Sequence[Tensor], total: Tensor, norms: Tensor | None) -> None:
+        """Observe a clipping, and keep the norms it has read for the steps that they are about."""
+        ids = {id(one) for one in parameters}
+        concerned = [watch for watch in self._watches.values() if watch.takes_part(ids)]
+        copied = copies_of({"gradient_norm": total})["gradient_norm"]
+        for watch in concerned:
+            watch.observe("gradient_norm", total, copied)
+        if norms is not None and not any(watch.will_unscale() for watch in concerned):
+            self._norms.keep([p.grad for p in parameters if p.grad is not None], norms)
+
     def _read_surroundings(self) -> None:
         """Add a setup to the log if there is something new, and follow the schedulers it names."""
         around = self._surroundings
@@ -384,7 +442,7 @@ class Guard:
         record = draft.record(values, watch.has_nonfinite)
         if record.nonfinite_tensors:
             watch.alert()
-        watch.learn(record)
+        watch.learn(record, shared_error=draft.shared_error)
         self._journal.append(record)
         if self._sensors is not None:
             self._sensors.delivered(record, self.log)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gradguard.attach import BackwardCounter, around_step
+from gradguard.clipping import SharedNorms
 from gradguard.draft import Draft
 from gradguard.drift import DriftMeter, averaged_distance
 from gradguard.gate import StepGate
@@ -348,6 +349,21 @@ class OptimizerWatch:
             self._window.add(key, copied)
             self._window.follow(key, value)
 
+    def share(self, norms: SharedNorms) -> None:
+        """Take the norms of gradients from here where they are known."""
+        self._reader.share(norms)
+
+    def takes_part(self, parameters: Collection[int]) -> bool:
+        """Whether any of the parameters with these ids is the optimizer's."""
+        return any(id(one) in parameters for one in self._held.parameters)
+
+    def will_unscale(self) -> bool:
+        """Whether the gradients still bear a loss scale that is to be divided out. Sync: none."""
+        scaler = self._scaler
+        if scaler is None or not scaler.is_enabled():
+            return False
+        return read_scaler(scaler, self._keys).stage != "unscaled"
+
     def use_sensors(self, sensors: StepSensors) -> None:
         """Tell these sensors of every step from now on."""
         self._sensors = sensors
@@ -371,8 +387,15 @@ class OptimizerWatch:
         """Count one batch drawn from a loader."""
         self._window.batches = (self._window.batches or 0) + 1
 
-    def learn(self, record: StepRecord) -> None:
-        """Use what a detailed step has shown for the steps to come. Sync: none."""
+    def learn(self, record: StepRecord, *, shared_error: float | None) -> None:
+        """Use what a detailed step has shown for the steps to come. Sync: none.
+
+        Args:
+            record: of the step.
+            shared_error: how far the norms of a clipping were from ours; None where not both were read.
+        """
+        if shared_error is not None:
+            self._reader.confirm(shared_error)
         if self._meter is None or record.parameters is None:
             return
         if record.outcome is StepOutcome.APPLIED:

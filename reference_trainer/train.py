@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from reference_trainer.annealing import at_epoch, best_epoch, stops_early
 from reference_trainer.data import batches, first_number, windows
@@ -21,7 +21,7 @@ from reference_trainer.session import Session, opened
 from reference_trainer.training_state import Position
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -219,8 +219,11 @@ def training_step(
         guard.observe(loss=loss, terms=terms)
         mean += loss.detach() / len(window)
     parts.scaler.unscale_(parts.optimizer)
-    norm = clip_gradients(parts.model.parameters(), parts.clip_norm)
-    guard.observe(reported_loss=mean, gradient_norm=norm)
+    # Where the norm is not finite nothing is scaled, and the record says which gradient it was.
+    guard.clip_grad_norm_(
+        parts.model.parameters(), parts.clip_norm or math.inf, leave_nonfinite=True
+    )
+    guard.observe(reported_loss=mean)
     parts.scaler.step(parts.optimizer)
     parts.scaler.update()
     parts.optimizer.zero_grad()
@@ -228,25 +231,6 @@ def training_step(
         parts.schedule.step()
         parts.averaged.update()
     return parts.processes.mean(mean)
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients down to a global norm of ``max_norm``; return the norm before, 0-dim.
-
-    Where the norm is not finite nothing is scaled: torch's ``clip_grad_norm_`` would spread a
-    single NaN over every gradient and hide where it came from.
-
-    Args:
-        parameters: the parameters whose gradients are one vector.
-        max_norm: largest norm; 0 clips nothing.
-
-    Sync: none.
-    """
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-    if max_norm > 0.0:
-        clip_grads_with_norm_(trained, max_norm, torch.where(norm.isfinite(), norm, 0.0))
-    return norm
 
 
 def is_evaluated(epoch: int, config: Config) -> bool:

@@ -26,7 +26,7 @@ from reference_trainer.physics import ScenePhysics
 from reference_trainer.scenes import draw_scenes
 from reference_trainer.settings import preset
 from reference_trainer.setup import Parts, assemble
-from reference_trainer.train import clip_gradients
+from tests.benchmarks.ris import torch_clipping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,7 +75,7 @@ def timed_step(parts: Parts, examples: Examples, watch: Stopwatch) -> None:
         with watch("backward_s"):
             loss.backward()
         with watch("optimizer_s"):
-            clip_gradients(parts.model.parameters(), parts.clip_norm)
+            torch_clipping(list(parts.model.parameters()), parts.clip_norm)
             parts.optimizer.step()
             parts.optimizer.zero_grad()
             parts.schedule.step()

@@ -28,11 +28,14 @@ CUDA = "cuda"
 CHANGED = {StepOutcome.APPLIED, StepOutcome.CORRUPTED}
 
 
-def amp_step(net, optimizer, scaler, batch):
+def amp_step(net, optimizer, scaler, batch, *, clip=None):
     """Take one fp16 step whose every part is free of synchronisation."""
     with torch.autocast(CUDA, dtype=torch.float16):
         loss = nn.functional.mse_loss(net(batch.x.to(CUDA, non_blocking=True)), batch.y)
     scaler.scale(loss).backward()
+    if clip is not None:
+        scaler.unscale_(optimizer)
+        clip(net.parameters(), 0.1)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -47,8 +50,9 @@ def on_device(count):
     return data
 
 
+@pytest.mark.parametrize("clipped", [False, True], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("gated", [False, True], ids=["watched", "gated"])
-def test_the_guard_never_synchronises(gated):
+def test_the_guard_never_synchronises(gated, clipped):
     """Forty guarded fp16 steps with sync_debug_mode "error" around everything the loop does."""
     net = small_net().to(CUDA)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
@@ -61,7 +65,8 @@ def test_the_guard_never_synchronises(gated):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in data:
-            loss = amp_step(net, optimizer, scaler, batch)
+            clip = guard.clip_grad_norm_ if clipped else None
+            loss = amp_step(net, optimizer, scaler, batch, clip=clip)
             guard.observe(loss=loss, terms={"mse": loss})
     finally:
         torch.cuda.set_sync_debug_mode(previous)

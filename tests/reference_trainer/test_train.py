@@ -24,7 +24,8 @@ from reference_trainer.setup import (
     look_first,
     pick_device,
 )
-from reference_trainer.train import clip_gradients, train, train_epoch, training_step
+from reference_trainer.train import train, train_epoch, training_step
+from tests.benchmarks.ris import Unwatched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -194,19 +195,12 @@ def test_the_gate_and_the_guard_change_no_weight() -> None:
     assert prints[0] == prints[1]
 
 
-class Bare:
+class Bare(Unwatched):
     """Stands where the guard stands and does nothing."""
-
-    def observe(self, **_: object) -> None:
-        """Take no notice."""
 
     def batches(self, loader: object) -> object:
         """Return the loader."""
         return loader
-
-    def step_was_taken(self) -> bool:
-        """Answer as for clean steps without a scaler."""
-        return True
 
 
 def test_skipped_steps_move_neither_schedule_nor_average() -> None:
@@ -250,28 +244,6 @@ def test_a_few_scenes_are_learnt() -> None:
     first, last = result.memorised
     assert last.loss < 0.75 * first.loss
     assert result.live.loss == pytest.approx(last.loss, rel=0.1)
-
-
-def test_clipping_scales_down_to_the_limit() -> None:
-    """The norm before is returned and the norm after is the limit; short gradients stay as they
-    are, and a limit of 0 clips nothing.
-    """
-    for max_norm, after in ((1.0, 1.0), (100.0, 5.0), (0.0, 5.0)):
-        pair = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-        pair[0].grad, pair[1].grad = torch.tensor([3.0]), torch.tensor([-4.0])
-        assert clip_gradients(pair, max_norm).item() == 5.0
-        assert torch.stack([p.grad for p in pair]).norm().item() == pytest.approx(after, rel=1e-5)
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-def test_clipping_spreads_no_nan(poison: float) -> None:
-    """A non-finite norm scales nothing: the poison stays where it is, every other bit too."""
-    pair = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
-    pair[0].grad, pair[1].grad = torch.tensor([7.0, poison]), torch.tensor([-3.0, 9.0])
-    assert not clip_gradients(pair, 1.0).isfinite()
-    assert torch.equal(pair[1].grad, torch.tensor([-3.0, 9.0]))
-    assert pair[0].grad[0] == 7.0
-    assert pair[0].grad[1].isnan() == torch.tensor(poison).isnan()
 
 
 def test_a_missing_device_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
