@@ -1,6 +1,14 @@
-"""Statistics of one module's input and output, as pure tensor functions. Sync: none anywhere here."""
+"""Statistics of one module's input and output: sums on the device, from which the host works out the rest.
+
+Every kernel costs as much as the arithmetic of hundreds of values: what can be done with numbers that have
+arrived is not done before. Sync: none anywhere here.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +28,46 @@ BOUNDS: dict[str, tuple[float, float]] = {
 """Modules with a bounded output, by class name."""
 
 
-def forward_statistics(
-    module: nn.Module, inputs: list[Tensor], output: Tensor
-) -> dict[str, Tensor]:
-    """Return the numbers of a :class:`gradguard.facts.ModuleReading` by field, 0-dim each.
+@dataclass(slots=True)
+class ModuleSums:
+    """What was read of one call.
+
+    Attributes:
+        values: 0-dim tensors by name: fields of a :class:`gradguard.facts.ModuleReading`, and sums.
+        sizes: numbers of rows, places in a row (positions and units) and units of what was summed.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    def numbers(self, found: Mapping[str, Sequence[float]]) -> dict[str, float | int]:
+        """Return the fields of the reading, once the values are on the host, by name."""
+        numbers: dict[str, float | int] = {name: values[0] for name, values in found.items()}
+        for side, (rows, places, units) in self.sizes.items():
+            numbers[f"{side}_rms"] = math.sqrt(numbers.pop(f"{side}_squares") / (rows * places))
+            numbers[f"{side}_nonfinite"] = int(not math.isfinite(numbers.pop(f"{side}_sum")))
+            if rows > 1:
+                squares = numbers.pop(f"{side}_spread_squares") / (rows * places)
+                common = numbers.pop(f"{side}_spread_sums") / (rows * rows * places)
+                numbers[f"{side}_row_std"] = _root(squares - common)
+            if side == "output":
+                numbers["zero_fraction"] = 1 - numbers.pop("nonzero") / (rows * places)
+                numbers["dead_fraction"] = 1 - numbers.pop("alive") / units
+            if side == "output" and rows > 1:
+                numbers["constant_fraction"] = numbers.pop("constant") / places
+        if "input" in self.sizes:
+            lowest, highest = numbers.pop("input_lowest"), numbers.pop("input_highest")
+            numbers["input_max"] = highest if math.isnan(highest) else max(-lowest, highest)
+        return numbers
+
+
+def _root(variance: float) -> float:
+    """Return the square root; 0 for what rounding has made negative."""
+    return 0.0 if variance < 0 else math.sqrt(variance)
+
+
+def forward_statistics(module: nn.Module, inputs: list[Tensor], output: Tensor) -> ModuleSums:
+    """Read one call.
 
     Args:
         module: that was called.
@@ -31,21 +75,26 @@ def forward_statistics(
         output: its first tensor; floating.
     """
     cube = sample_cube(output)
-    found = _output_statistics(cube)
-    found["output_nonfinite"] = nonfinite(output)
+    found = ModuleSums()
+    _read(found, "output", cube)
+    found.values |= _output_statistics(cube)
+    found.values["output_sum"] = value_sum(output)
     bounds = BOUNDS.get(type(module).__name__)
     if bounds is not None:
-        found["saturated_fraction"] = _saturated(cube, *bounds)
+        found.values["saturated_fraction"] = _saturated(cube, *bounds)
     first = next((one for one in inputs if usable(one)), None)
     if first is not None and first.data_ptr() != output.data_ptr():  # else written over in place
-        found |= _input_statistics(first)
+        cube = sample_cube(first)
+        _read(found, "input", cube)
+        found.values["input_sum"] = value_sum(cube)
+        found.values["input_lowest"], found.values["input_highest"] = torch.aminmax(cube)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 (the only common class)
-            found |= _running_statistics(module, first)
+            found.values |= _running_statistics(module, first)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None and inputs:
         padding = inputs[0] == module.padding_idx
-        found["padding_fraction"] = padding.double().mean()
+        found.values["padding_fraction"] = padding.double().mean()
         if padding.dim() == 2 and padding.shape[1] > 2:
-            found["padding_interior"] = _interior(padding)
+            found.values["padding_interior"] = _interior(padding)
     return found
 
 
@@ -93,10 +142,10 @@ def usable(tensor: Tensor) -> bool:
     return plain and tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta
 
 
-def nonfinite(tensor: Tensor) -> Tensor:
-    """Return 1 when any value is NaN or Inf, else 0: told by their sum, without a copy of them."""
+def value_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of all values, which is not finite where one of them is not: read without a copy."""
     wide = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
-    return (~tensor.detach().sum(dtype=wide).isfinite()).float()
+    return tensor.detach().sum(dtype=wide)
 
 
 def sample_cube(tensor: Tensor) -> Tensor:
@@ -125,46 +174,38 @@ def _thinned(values: Tensor, dim: int, most: int) -> Tensor:
     return chosen.narrow(dim, 0, most)
 
 
+def _read(found: ModuleSums, side: str, cube: Tensor) -> None:
+    """Add the sums behind root mean square and standard deviation over the rows.
+
+    Deviations are from the first row in place of the mean: one pass fewer, and exactly 0 where all rows are
+    the same.
+    """
+    rows, positions, units = cube.shape
+    found.sizes[side] = rows, positions * units, units
+    found.values[f"{side}_squares"] = _squares(cube)
+    if rows > 1:
+        deviation = cube - cube[:1]
+        found.values[f"{side}_spread_squares"] = _squares(deviation)
+        found.values[f"{side}_spread_sums"] = _squares(deviation.sum(0))
+
+
+def _squares(values: Tensor) -> Tensor:
+    flat = values.reshape(-1)
+    return torch.dot(flat, flat)
+
+
 def _output_statistics(cube: Tensor) -> dict[str, Tensor]:
     highest_rows, lowest_rows = cube.amax(0), cube.amin(0)  # by position and unit
     highest, lowest = highest_rows.amax(0), lowest_rows.amin(0)
     found = {
-        "output_rms": _rms(cube),
         "output_max": highest.max(),
         "output_min": lowest.min(),
-        "zero_fraction": 1 - cube.count_nonzero().float() / cube.numel(),
-        "dead_fraction": ((highest == 0) & (lowest == 0)).float().mean(),
+        "nonzero": cube.count_nonzero(),
+        "alive": torch.logical_or(highest, lowest).count_nonzero(),
     }
     if len(cube) > 1:
-        found["output_row_std"] = _row_std(cube)
-        found["constant_fraction"] = (highest_rows == lowest_rows).float().mean()
+        found["constant"] = (highest_rows == lowest_rows).count_nonzero()
     return found
-
-
-def _input_statistics(tensor: Tensor) -> dict[str, Tensor]:
-    cube = sample_cube(tensor)
-    found = {
-        "input_rms": _rms(cube),
-        "input_max": torch.stack(torch.aminmax(cube)).abs().max(),
-        "input_nonfinite": nonfinite(cube),
-    }
-    if len(cube) > 1:
-        found["input_row_std"] = _row_std(cube)
-    return found
-
-
-def _rms(cube: Tensor) -> Tensor:
-    return cube.square().mean().sqrt()
-
-
-def _row_std(cube: Tensor) -> Tensor:
-    """Return the root of the mean variance over the rows; exactly 0 where all rows are the same.
-
-    Deviations from the first row in place of the mean: one pass fewer, and no rounding of equal rows.
-    """
-    deviation = cube - cube[:1]
-    variance = deviation.square().mean() - deviation.mean(0).square().mean()
-    return variance.clamp_min(0.0).sqrt()
 
 
 def _interior(padding: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradguard.compiled import has_compiled_wrapper, is_compiled
 from gradguard.facts import ModuleReading
 from gradguard.sensors.hooks import HookSet, QuietHook, tensors_in
 from gradguard.sensors.module_stats import (
+    ModuleSums,
     forward_statistics,
     masked_statistics,
     root_statistics,
@@ -36,7 +37,6 @@ _NEVER_CALLED = (
     nn.ParameterDict,
     nn.modules.linear.NonDynamicallyQuantizableLinear,  # attention reads its weights
 )
-_COUNTS = ("input_nonfinite", "output_nonfinite")
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class _Seen:
     calls: int = 0
     training: bool = True
     grad: bool = True
-    values: dict[str, Tensor] = field(default_factory=dict)
+    sums: ModuleSums = field(default_factory=ModuleSums)
 
 
 class ModuleWatch:
@@ -113,8 +113,8 @@ class ModuleWatch:
             return
         self.called.update(name for name, one in seen.items() if one.calls)
         for name, one in seen.items():
-            if one.values:
-                self._queue.put(partial(_reading, step, name, one), one.values)
+            if one.sums.values:
+                self._queue.put(partial(_reading, step, name, one), one.sums.values)
 
     def uncalled(self, names: Sequence[str]) -> tuple[str, ...] | None:
         """Return those of the parameters whose module was never called; None when that is not known."""
@@ -148,20 +148,18 @@ def _measure(one: _Seen, name: str, module: nn.Module, args: Any, kwargs: Any, o
         return
     inputs = tensors_in((args, kwargs))
     one.training, one.grad = module.training, first.requires_grad
-    one.values = forward_statistics(module, inputs, first)
+    one.sums = forward_statistics(module, inputs, first)
     if name == "":
-        one.values |= root_statistics(inputs, first)
+        one.sums.values |= root_statistics(inputs, first)
     if isinstance(module, _ATTENTION):
         mask = kwargs.get("key_padding_mask", kwargs.get("src_key_padding_mask"))
         if mask is not None and inputs:
             first_batch = bool(getattr(module, "batch_first", True))
-            one.values |= masked_statistics(inputs[0], mask, batch_first=first_batch)
+            one.sums.values |= masked_statistics(inputs[0], mask, batch_first=first_batch)
 
 
 def _reading(step: int, name: str, one: _Seen, found: Found) -> ModuleReading:
-    numbers: dict[str, Any] = {
-        key: int(values[0]) if key in _COUNTS else values[0] for key, values in found.items()
-    }
+    numbers: dict[str, Any] = one.sums.numbers(found)
     return ModuleReading(
         step=step,
         module=name,
