@@ -183,9 +183,12 @@ class DriftMeter:
         factors = (layout.weights, layout.error_weights, layout.weights, layout.weights)
         pairs = list(zip(factors, terms, strict=True))
         if detailed:
-            summands = torch.stack([factor * term for factor, term in pairs], dim=1)
-            sums = torch.zeros(len(self._parameters), _FIELDS, dtype=wide, device=before.device)
-            return sums.index_add_(0, layout.parameters, summands).reshape(-1)
+            each = torch.zeros(_FIELDS, len(self._parameters), dtype=wide, device=before.device)
+            for sums, (factor, term) in zip(
+                each, pairs, strict=True
+            ):  # rows at once take five times as long
+                sums.index_add_(0, layout.parameters, factor * term)
+            return each.t().reshape(-1)
         fields = [_dots(factor, term, layout.sections) for factor, term in pairs]
         return torch.stack([value for row in zip(*fields, strict=True) for value in row])
 

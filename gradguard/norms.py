@@ -107,9 +107,20 @@ def zero_tests(tensors: Sequence[Tensor], norms: Tensor) -> Tensor:
             return tensor_norms(tensors, order=1)
         host = torch.empty_like(norms).copy_(norms, non_blocking=True)  # it is on the host already
         doubtful = [i for i, norm in enumerate(host.tolist()) if not 0.0 < norm < math.inf]
-        for index in doubtful:
-            host[index] = _zero_test(tensors[index])
+        if doubtful:
+            host[doubtful] = _zero_tests([tensors[index] for index in doubtful]).to(host.dtype)
         return host
+
+
+def _zero_tests(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the zero test of every tensor on the CPU; small ones of one shape share their kernels."""
+    plan = norm_plan(tensors)
+    found = [_zero_test(tensors[index]).reshape(1) for index in plan.large]
+    for pick in plan.alike:
+        alike = pick(tensors)
+        found.append(torch.stack(alike).view(len(alike), -1).abs().amax(1))
+    found += [_zero_test(tensors[index]).reshape(1) for index in plan.others]
+    return torch.cat(found)[plan.places]
 
 
 def _zero_test(tensor: Tensor) -> Tensor:

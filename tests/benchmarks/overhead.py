@@ -166,8 +166,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = {
-        "mlp300_ratio": step_ratio(mlp300, steps=5 * options.steps),
-        "mlp300_fused_ratio": step_ratio(lambda: mlp300(fused=True), steps=5 * options.steps),
+        "mlp300_ratio": step_ratio(mlp300, steps=3 * options.steps),
+        "mlp300_fused_ratio": step_ratio(lambda: mlp300(fused=True), steps=3 * options.steps),
         "ris_ratio": step_ratio(ris, steps=options.steps),
         "memory_fraction": memory_fraction(ris),
         "host_reads_per_step": host_reads_per_step(mlp300),
