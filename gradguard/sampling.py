@@ -16,7 +16,7 @@ SAMPLE_BUDGET = 262_144
 _MANY_RUNS = 8
 _VALUES_PER_RUN = 1024
 _VALUES_PER_SAMPLE = 256
-_LEAST_PER_TENSOR, _WHOLE = 32, 64
+_LEAST_PER_TENSOR = 64
 _TABLE_MIN_ROWS = 1024
 _TABLE_ROWS, _TABLE_COLUMNS = 8, 16
 _LINE = 16
@@ -33,11 +33,8 @@ def sample_quota(
 ) -> int:
     """Return how many of the ``values`` of one of ``tensors`` tensors to look at.
 
-    One in 256, within 32 and ``per_tensor``: large tensors carry the norm and can afford it. All of up to 64:
-    one piece costs less than two.
+    One in 256, within 64 and ``per_tensor``: large tensors carry the norm and can afford it.
     """
-    if values <= _WHOLE:
-        return _WHOLE
     most = max(_LEAST_PER_TENSOR, min(per_tensor, budget // max(1, tensors)))
     return min(most, max(_LEAST_PER_TENSOR, values // _VALUES_PER_SAMPLE))
 

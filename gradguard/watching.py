@@ -66,8 +66,8 @@ def watch(
         TypeError: an argument of the wrong kind.
         ValueError: nothing to train, or a number out of range.
 
-    Sync: none per step. Memory: about 25 bytes for one value in 256, within 32 and
-    1,024 values per tensor (all of up to 64).
+    Sync: none per step. Memory: about 25 bytes for one value in 256, within 64 and
+    1,024 values per tensor.
     """
     optimizers = _named_optimizers(optimizer)
     _check_numbers(drift=drift, detail_every=detail_every, lag=lag)

@@ -162,6 +162,25 @@ def test_tensors_of_one_shape_share_a_kernel():
 @given(
     values=st.lists(
         st.sampled_from([0.0, -0.0, 1e-45, -1e-30, 1.0, -3e38, math.inf, -math.inf, math.nan]),
+        min_size=4,
+        max_size=12,
+    ),
+    data=st.data(),
+)
+def test_zero_tests_of_many_alike_are_those_of_each(values, data):
+    """Small tensors of few shapes, which share their kernels, each have the answer they have alone."""
+    shapes = st.sampled_from([(), (3,), (2, 2)])
+    tensors = [torch.full(data.draw(shapes), value) for value in values]
+    found = zero_tests(tensors, gg.tensor_norms(tensors))
+    alone = [zero_tests([one], gg.tensor_norms([one])).item() for one in tensors]
+    assert [value == 0 for value in found.tolist()] == [value == 0 for value in alone]
+    assert found.isfinite().tolist() == [math.isfinite(value) for value in alone]
+    assert [value == 0 for value in alone] == [value == 0 for value in values]
+
+
+@given(
+    values=st.lists(
+        st.sampled_from([0.0, -0.0, 1e-45, -1e-30, 1.0, -3e38, math.inf, -math.inf, math.nan]),
         min_size=1,
         max_size=4,
     ),
