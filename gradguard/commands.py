@@ -124,10 +124,11 @@ def check(options: argparse.Namespace) -> int:
     if _STANDARD_OUTPUT not in (options.json, options.sarif):
         for number, one in enumerate(_shown(judged)):
             _show(one, apart=number > 0)
-    for run in judged:
-        if run.error is not None:
-            sys.stderr.write(f"error: {wording.one_line(run.error)}\n")
-    return max(_status(run, FAIL_ON[options.fail_on]) for run in judged)
+    statuses = [_status(run, FAIL_ON[options.fail_on]) for run in judged]
+    for run, status in zip(judged, statuses, strict=True):
+        for error in _errors(run) if status == UNUSABLE else ():
+            sys.stderr.write(f"error: {wording.one_line(error)}\n")
+    return max(statuses)
 
 
 def rules(options: argparse.Namespace) -> int:
@@ -153,7 +154,16 @@ def explain(options: argparse.Namespace) -> int:
 def _status(judged: Judged, failing: frozenset[Severity]) -> int:
     if judged.error is not None or judged.diagnosis is None:
         return UNUSABLE
-    return FOUND if judged.diagnosis.worst in failing else HEALTHY
+    if judged.diagnosis.worst in failing:
+        return FOUND
+    return (
+        UNUSABLE if judged.problems else HEALTHY
+    )  # what a torn log has lost is not known to be healthy
+
+
+def _errors(judged: Judged) -> tuple[str, ...]:
+    """Return why a run cannot be judged, or not to its end."""
+    return judged.problems if judged.error is None else (judged.error,)
 
 
 def _shown(judged: Sequence[Judged]) -> list[Group]:

@@ -128,6 +128,20 @@ def test_a_torn_last_line_is_tolerated_and_said(faulty: str, capsys: pytest.Capt
     assert "GG501" in told
 
 
+def test_a_healthy_run_with_a_torn_last_line_is_not_called_healthy(
+    healthy: str, capsys: pytest.CaptureFixture[str]
+):
+    """What there is was judged, and what is lost is said in one sentence: status 2."""
+    with Path(healthy, STEPS_NAME).open("a") as stream:
+        stream.write('{"kind":"step","sche')
+    assert main(["check", healthy]) == 2
+    captured = capsys.readouterr()
+    assert "nothing wrong found" in captured.out
+    assert captured.err.startswith("error: line ")
+    assert "is torn" in captured.err
+    assert captured.err.count("\n") == 1
+
+
 def test_a_line_torn_in_the_middle_is_refused(faulty: str, capsys: pytest.CaptureFixture[str]):
     """A hole in the log makes every judgement worthless: status 2."""
     path = Path(faulty, STEPS_NAME)
