@@ -30,7 +30,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool,
     foreach: bool | None,
     leave_nonfinite: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Clip as ``torch.nn.utils.clip_grad_norm_`` does; return the total norm before, and all norms after.
 
     Args:
@@ -42,7 +42,7 @@ def clip_grad_norm_(
         leave_nonfinite: scale nothing where the total norm is not finite.
 
     Returns:
-        The total norm before (0-dim), and the L2 norm of every gradient there is as it is now, of shape
+        The total norm before (0-dim), the gradients there are, and the L2 norm of each as it is now, of shape
         (gradients,): None where torch's own norms are not what :func:`gradguard.norms.tensor_norms` gives.
 
     Raises:
@@ -60,8 +60,9 @@ def clip_grad_norm_(
         total = get_total_norm(gradients, norm_type, error_if_nonfinite, foreach)
     used = torch.where(total.isfinite(), total, 0.0) if leave_nonfinite else total
     clip_grads_with_norm_(parameters, max_norm, used, foreach)
-    # torch's factor
-    return total, None if norms is None else norms * (max_norm / (used + 1e-6)).clamp(max=1.0)
+    if norms is not None:
+        norms = norms * (max_norm / (used + 1e-6)).clamp(max=1.0)  # torch's factor
+    return total, gradients, norms
 
 
 def _are_alike(gradients: Sequence[Tensor]) -> bool:

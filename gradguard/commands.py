@@ -26,7 +26,7 @@ from gradguard.views.sarif import sarif_form
 __all__ = ["CommandError", "parse"]
 
 HEALTHY, FOUND, UNUSABLE = 0, 1, 2
-"""Exit statuses: nothing found, something found, no judgement."""
+"""Exit statuses: nothing found, something found, no judgement or not of all."""
 
 FAIL_ON: Mapping[str, frozenset[Severity]] = MappingProxyType(
     {
@@ -65,7 +65,7 @@ def _check_parser(commands: argparse._SubParsersAction[Parser]) -> None:
         "check",
         help="judge recorded runs",
         description="Judge recorded runs: what is wrong, since when, how it is known, what to change.",
-        epilog="Exit status: 0 healthy, 1 something found, 2 a run that cannot be judged.",
+        epilog="Exit status: 0 healthy, 1 something found, 2 a run that cannot be judged to its end.",
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory")
@@ -156,9 +156,8 @@ def _status(judged: Judged, failing: frozenset[Severity]) -> int:
         return UNUSABLE
     if judged.diagnosis.worst in failing:
         return FOUND
-    return (
-        UNUSABLE if judged.problems else HEALTHY
-    )  # what a torn log has lost is not known to be healthy
+    # What a torn log has lost is not known to be healthy.
+    return UNUSABLE if judged.problems else HEALTHY
 
 
 def _errors(judged: Judged) -> tuple[str, ...]:

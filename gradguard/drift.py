@@ -184,9 +184,8 @@ class DriftMeter:
         pairs = list(zip(factors, terms, strict=True))
         if detailed:
             each = torch.zeros(_FIELDS, len(self._parameters), dtype=wide, device=before.device)
-            for sums, (factor, term) in zip(
-                each, pairs, strict=True
-            ):  # rows at once take five times as long
+            # All fields at once, in rows of four, take five times as long.
+            for sums, (factor, term) in zip(each, pairs, strict=True):
                 sums.index_add_(0, layout.parameters, factor * term)
             return each.t().reshape(-1)
         fields = [_dots(factor, term, layout.sections) for factor, term in pairs]

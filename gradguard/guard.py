@@ -144,16 +144,18 @@ class Guard:
         Sync: none, unless ``error_if_nonfinite``.
         """
         clipped = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        total, norms = clip_grad_norm_(  # not protected: its errors are the user's, as with torch
-            clipped,
-            max_norm,
-            norm_type=norm_type,
-            error_if_nonfinite=error_if_nonfinite,
-            foreach=foreach,
-            leave_nonfinite=leave_nonfinite,
+        total, gradients, norms = (
+            clip_grad_norm_(  # not protected: its errors are the user's, as with torch
+                clipped,
+                max_norm,
+                norm_type=norm_type,
+                error_if_nonfinite=error_if_nonfinite,
+                foreach=foreach,
+                leave_nonfinite=leave_nonfinite,
+            )
         )
         if norm_type == 2:
-            self._protect("clipping", lambda: self._clipped(clipped, total, norms))
+            self._protect("clipping", lambda: self._clipped(clipped, total, gradients, norms))
         return total
 
     def batches(self, loader: Iterable[Batch], *, split: str = TRAIN) -> Iterator[Batch]:
@@ -403,7 +405,13 @@ class Guard:
             )
         return [self._watches[optimizer]]
 
-    def _clipped(self, parameters: Sequence[Tensor], total: Tensor, norms: Tensor | None) -> None:
+    def _clipped(
+        self,
+        parameters: Sequence[Tensor],
+        total: Tensor,
+        gradients: Sequence[Tensor],
+        norms: Tensor | None,
+    ) -> None:
         """Observe a clipping, and keep the norms it has read for the steps that they are about."""
         ids = {id(one) for one in parameters}
         concerned = [watch for watch in self._watches.values() if watch.takes_part(ids)]
@@ -411,7 +419,7 @@ class Guard:
         for watch in concerned:
             watch.observe("gradient_norm", total, copied)
         if norms is not None and not any(watch.will_unscale() for watch in concerned):
-            self._norms.keep([p.grad for p in parameters if p.grad is not None], norms)
+            self._norms.keep(gradients, norms)
 
     def _read_surroundings(self) -> None:
         """Add a setup to the log if there is something new, and follow the schedulers it names."""

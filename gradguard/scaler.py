@@ -120,9 +120,14 @@ def stray_entries(scaler: GradScaler) -> int:
 
 def scaler_stage(scaler: GradScaler, optimizer: object) -> str:
     """Return ``"disabled"``, ``"ready"``, ``"unscaled"`` or ``"stepped"``. Sync: none."""
-    if not check_scaler(scaler).is_enabled():
+    return stage_of(check_scaler(scaler), optimizer_keys(optimizer))
+
+
+def stage_of(scaler: GradScaler, keys: tuple[int, ...]) -> str:
+    """Return :func:`scaler_stage` of the optimizer with these keys. Sync: none."""
+    if not scaler.is_enabled():
         return "disabled"
-    state = _state_of(scaler, optimizer_keys(optimizer))
+    state = _state_of(scaler, keys)
     return "ready" if state is None else state["stage"].name.lower()
 
 

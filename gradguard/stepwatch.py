@@ -32,6 +32,7 @@ from gradguard.scaler import (
     loss_scale,
     optimizer_keys,
     read_scaler,
+    stage_of,
     stray_entries,
 )
 from gradguard.schedulers import FoundScheduler
@@ -284,7 +285,7 @@ class OptimizerWatch:
         """Whether the optimizer stepped in this iteration and the scaler knows nothing of it."""
         if self._pending is None or self._scaler is None:
             return False
-        return read_scaler(self._scaler, self._keys).stage == "ready"
+        return stage_of(self._scaler, self._keys) == "ready"
 
     # --- finishing -----------------------------------------------------------------------------
 
@@ -360,9 +361,7 @@ class OptimizerWatch:
     def will_unscale(self) -> bool:
         """Whether the gradients still bear a loss scale that is to be divided out. Sync: none."""
         scaler = self._scaler
-        if scaler is None or not scaler.is_enabled():
-            return False
-        return read_scaler(scaler, self._keys).stage != "unscaled"
+        return scaler is not None and stage_of(scaler, self._keys) not in ("disabled", "unscaled")
 
     def use_sensors(self, sensors: StepSensors) -> None:
         """Tell these sensors of every step from now on."""
