@@ -45,7 +45,6 @@ class ModuleSums:
         numbers: dict[str, float | int] = {name: values[0] for name, values in found.items()}
         for side, (rows, places, units) in self.sizes.items():
             numbers[f"{side}_rms"] = math.sqrt(numbers.pop(f"{side}_squares") / (rows * places))
-            numbers[f"{side}_nonfinite"] = int(not math.isfinite(numbers.pop(f"{side}_sum")))
             if rows > 1:
                 squares = numbers.pop(f"{side}_spread_squares") / (rows * places)
                 common = numbers.pop(f"{side}_spread_sums") / (rows * rows * places)
@@ -55,8 +54,10 @@ class ModuleSums:
                 numbers["dead_fraction"] = 1 - numbers.pop("alive") / units
             if side == "output" and rows > 1:
                 numbers["constant_fraction"] = numbers.pop("constant") / places
+        numbers["output_nonfinite"] = int(not math.isfinite(numbers.pop("output_sum")))
         if "input" in self.sizes:
             lowest, highest = numbers.pop("input_lowest"), numbers.pop("input_highest")
+            numbers["input_nonfinite"] = int(not (math.isfinite(lowest) and math.isfinite(highest)))
             numbers["input_max"] = highest if math.isnan(highest) else max(-lowest, highest)
         return numbers
 
@@ -86,7 +87,6 @@ def forward_statistics(module: nn.Module, inputs: list[Tensor], output: Tensor) 
     if first is not None and first.data_ptr() != output.data_ptr():  # else written over in place
         cube = sample_cube(first)
         _read(found, "input", cube)
-        found.values["input_sum"] = value_sum(cube)
         found.values["input_lowest"], found.values["input_highest"] = torch.aminmax(cube)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 (the only common class)
             found.values |= _running_statistics(module, first)
