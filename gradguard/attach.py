@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-_SENTINELS = 8
+_SENTINELS = 5
+"""To how many parameters a counter listens; three more are listened to for samples of their gradients."""
 
 
 def around_step(
@@ -40,7 +41,7 @@ def around_step(
 
 
 class BackwardCounter:
-    """Counts backward passes by listening to at most eight of the parameters.
+    """Counts backward passes by listening to a few of the parameters.
 
     A hook on every parameter would cost more than all other readings together. Every backward pass fires
     each listener at most once, so the busiest one has the count, as long as one of them takes part.

@@ -37,6 +37,16 @@ class GradientReader:
         self._shared = SharedNorms()
         self._confirmed = False
 
+    @property
+    def sampled(self) -> Sequence[int]:
+        """Positions of the parameters whose gradients are sampled."""
+        return self._samples.chosen
+
+    @property
+    def backwards(self) -> int:
+        """Backward passes seen since :meth:`reset`, through the parameters that are sampled."""
+        return self._samples.backwards
+
     def listen(self, parameters: Sequence[Tensor]) -> None:
         """Read these parameters from now on."""
         self._planned = None

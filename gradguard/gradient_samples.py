@@ -32,6 +32,7 @@ class _Tracked:
     before: list[Tensor | None] = field(default_factory=list)  # norm; None for no gradient
     after: Tensor | None = None
     every: Tensor | None = None  # sum of the norms after each backward: not finite if one was not
+    backwards: int = 0
 
 
 class GradientSamples:
@@ -43,6 +44,16 @@ class GradientSamples:
         self._tracked: list[_Tracked] = []
         self._nothing = torch.tensor(NO_GRADIENT)
         self.listen(parameters)
+
+    @property
+    def chosen(self) -> Sequence[int]:
+        """Positions of the parameters that are listened to."""
+        return self._chosen
+
+    @property
+    def backwards(self) -> int:
+        """Backward passes that reached one of the parameters since :meth:`reset`."""
+        return max((tracked.backwards for tracked in self._tracked), default=0)
 
     def listen(self, parameters: Sequence[Tensor]) -> None:
         """Listen to the first, middle and last of ``parameters`` that can be sampled."""
@@ -94,6 +105,7 @@ class GradientSamples:
         for tracked in self._tracked:
             tracked.before.clear()
             tracked.after = tracked.every = None
+            tracked.backwards = 0
 
     def close(self) -> None:
         """Remove every hook."""
@@ -129,9 +141,11 @@ class _After:
         self._tracked = tracked
 
     def __call__(self, parameter: Tensor) -> None:
-        if parameter.grad is None or not _can_be_sampled(parameter.grad):
+        self._tracked.backwards += 1
+        gradient = parameter.grad
+        if gradient is None or not _can_be_sampled(gradient):
             return
-        norm, earlier = _norm(parameter.grad), self._tracked.every
+        norm, earlier = _norm(gradient), self._tracked.every
         self._tracked.every = norm if earlier is None else norm + earlier
         self._tracked.after = norm
 

@@ -16,6 +16,7 @@ SAMPLE_BUDGET = 262_144
 _MANY_RUNS = 8
 _VALUES_PER_RUN = 1024
 _VALUES_PER_SAMPLE = 256
+_MANY_TENSORS, _VALUES_PER_VIEW = 128, 4096
 _LEAST_PER_TENSOR = 64
 _TABLE_MIN_ROWS = 1024
 _TABLE_ROWS, _TABLE_COLUMNS = 8, 16
@@ -44,12 +45,12 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def sample_runs(tensor: Tensor, quota: int) -> list[Tensor]:
+def sample_runs(tensor: Tensor, quota: int, *, among: int = 1) -> list[Tensor]:
     """Return 1-D views into ``tensor``: all of it if it has at most ``quota`` values, else evenly spaced runs.
 
     Nothing is copied: the views show what the tensor holds whenever they are read. Runs are contiguous
-    because torch concatenates those by plain copies, strided views by one kernel each; and a small
-    tensor has two, because what is left of the cost is the number of views.
+    because torch concatenates those by plain copies, strided views by one kernel each. What is left of the cost
+    is the number of views: a small tensor has two, and ``among`` hundreds of tensors only one, from its middle.
     """
     values = dense_values(tensor)
     packed = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
@@ -59,6 +60,9 @@ def sample_runs(tensor: Tensor, quota: int) -> list[Tensor]:
     flat = packed.view(-1)
     if len(flat) <= quota:
         return [flat]
+    if among >= _MANY_TENSORS and len(flat) < _VALUES_PER_VIEW:
+        start = (len(flat) - quota) // 2
+        return [flat[start : start + quota]]
     runs = max(2, min(len(flat) // _VALUES_PER_RUN, quota // _LINE))
     length = quota // runs
     gap = (len(flat) - length) // (runs - 1)
@@ -107,7 +111,11 @@ class ParameterSample:
         self._parameters = tuple(parameters)
         count = len(self._parameters)
         self._runs = [
-            sample_runs(p, sample_quota(p.numel(), count, per_tensor=per_tensor, budget=budget))
+            sample_runs(
+                p,
+                sample_quota(p.numel(), count, per_tensor=per_tensor, budget=budget),
+                among=count,
+            )
             for p in self._parameters
         ]
         edges = list(accumulate(sections, initial=0))

@@ -109,8 +109,8 @@ class OptimizerWatch:
         self._ended_s: float | None = None
         self._meter: DriftMeter | None = None
         self._held = self._hold()
-        self._backwards = BackwardCounter(self._held.parameters)
         self._reader = GradientReader(self._held.parameters)
+        self._backwards = BackwardCounter(self._unsampled())
         self._census = GradientCensus()
         self._state_left: int | None = None
         self._updates = 0
@@ -158,8 +158,13 @@ class OptimizerWatch:
         """Notice added groups and parameters that were given new storage."""
         if not self._held.are_current(self._optimizer, thorough=self._is_detailed()):
             self._held = self._hold()
-            self._backwards.listen(self._held.parameters)
             self._reader.listen(self._held.parameters)
+            self._backwards.listen(self._unsampled())
+
+    def _unsampled(self) -> list[Tensor]:
+        """Return the parameters that the samples of gradients do not listen to."""
+        sampled = set(self._reader.sampled)
+        return [p for i, p in enumerate(self._held.parameters) if i not in sampled]
 
     def _is_detailed(self) -> bool:
         return self._steps < _EARLY_STEPS or self._steps % self._settings.detail_every == 0
@@ -312,7 +317,7 @@ class OptimizerWatch:
             self._sensors.after_step(draft.detailed)
 
     def _count_backwards(self, draft: Draft) -> None:
-        draft.micro_steps = self._backwards.count
+        draft.micro_steps = self.micro_steps
         if draft.micro_steps == 0 and draft.with_gradient:
             # Gradients came, but not through the parameters listened to: listen to those they came to.
             draft.micro_steps = None
@@ -343,7 +348,7 @@ class OptimizerWatch:
             copied: what :func:`gradguard.window.copies_of` made of it.
         """
         last = self._pending or self._open
-        late = last is not None and self._backwards.count == 0
+        late = last is not None and self.micro_steps == 0
         if late and last is not None and last.window.seen(key) < max(1, last.micro_steps or 1):
             last.window.add(key, copied)
         else:
@@ -380,7 +385,7 @@ class OptimizerWatch:
     @property
     def micro_steps(self) -> int:
         """Backward passes since the last attempt."""
-        return self._backwards.count
+        return max(self._backwards.count, self._reader.backwards)
 
     def count_batch(self) -> None:
         """Count one batch drawn from a loader."""

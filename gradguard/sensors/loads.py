@@ -74,14 +74,15 @@ class LoadWatch:
         names = [n for n, _ in module.named_parameters() if n not in missing]
         self._loaded = (names, self._sample(module, names)) if names else None
 
-    @torch.no_grad()
     def before_step(self) -> None:
         """Compare the parameters with what was loaded, once, at the first step after it. Sync: none."""
         model, loaded = self._model(), self._loaded
         self._loaded = None
-        if model is None or loaded is None:
-            return
-        names, values = loaded
+        if model is not None and loaded is not None:
+            self._compare(model, *loaded)
+
+    @torch.no_grad()
+    def _compare(self, model: nn.Module, names: list[str], values: Tensor) -> None:
         held = dict(model.named_parameters())
         if any(name not in held for name in names):
             return

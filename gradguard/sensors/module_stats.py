@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 _ROWS, _MIDDLE, _UNITS = 64, 8, 256
+_SMALL = 2048
+"""Up to how many values a cube is set aside, to share its kernels with others of its shape."""
 _NEAR_BOUND = 0.01
 _SUM_TOLERANCE = 1e-3
 _MOST_CLASSES = 4096
@@ -35,10 +37,12 @@ class ModuleSums:
     Attributes:
         values: 0-dim tensors by name: fields of a :class:`gradguard.facts.ModuleReading`, and sums.
         sizes: numbers of rows, places in a row (positions and units) and units of what was summed.
+        cubes: small ones, of which :func:`add_sums` makes the sums.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    cubes: dict[str, Tensor] = field(default_factory=dict)
 
     def numbers(self, found: Mapping[str, Sequence[float]]) -> dict[str, float | int]:
         """Return the fields of the reading, once the values are on the host, by name."""
@@ -68,7 +72,7 @@ def _root(variance: float) -> float:
 
 
 def forward_statistics(module: nn.Module, inputs: list[Tensor], output: Tensor) -> ModuleSums:
-    """Read one call.
+    """Read one call; :func:`add_sums` does the rest.
 
     Args:
         module: that was called.
@@ -77,17 +81,14 @@ def forward_statistics(module: nn.Module, inputs: list[Tensor], output: Tensor) 
     """
     cube = sample_cube(output)
     found = ModuleSums()
-    _read(found, "output", cube)
-    found.values |= _output_statistics(cube)
+    _read(found, "output", cube, output)
     found.values["output_sum"] = value_sum(output)
     bounds = BOUNDS.get(type(module).__name__)
     if bounds is not None:
         found.values["saturated_fraction"] = _saturated(cube, *bounds)
     first = next((one for one in inputs if usable(one)), None)
     if first is not None and first.data_ptr() != output.data_ptr():  # else written over in place
-        cube = sample_cube(first)
-        _read(found, "input", cube)
-        found.values["input_lowest"], found.values["input_highest"] = torch.aminmax(cube)
+        _read(found, "input", sample_cube(first), first)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 (the only common class)
             found.values |= _running_statistics(module, first)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None and inputs:
@@ -174,38 +175,72 @@ def _thinned(values: Tensor, dim: int, most: int) -> Tensor:
     return chosen.narrow(dim, 0, most)
 
 
-def _read(found: ModuleSums, side: str, cube: Tensor) -> None:
-    """Add the sums behind root mean square and standard deviation over the rows.
+def _read(found: ModuleSums, side: str, cube: Tensor, tensor: Tensor) -> None:
+    """Make the sums of a large cube; set a small one aside."""
+    rows, positions, units = cube.shape
+    found.sizes[side] = rows, positions * units, units
+    if cube.numel() > _SMALL:
+        sums = _side_sums(side, cube.unsqueeze(0))
+        found.values |= {name: values[0] for name, values in sums.items()}
+    else:  # the next module may write over the tensor
+        found.cubes[side] = cube.clone() if cube.data_ptr() == tensor.data_ptr() else cube
+
+
+def add_sums(calls: Sequence[ModuleSums]) -> None:
+    """Make the sums of the cubes set aside: most of a model's small layers are alike."""
+    kinds: dict[tuple[str, torch.Size, torch.device], list[ModuleSums]] = {}
+    for call in calls:
+        for side, cube in call.cubes.items():
+            kinds.setdefault((side, cube.shape, cube.device), []).append(call)
+    for (side, _, _), alike in kinds.items():
+        sums = _side_sums(side, torch.stack([call.cubes.pop(side) for call in alike]))
+        for name, values in sums.items():
+            for call, value in zip(alike, values.unbind(), strict=True):
+                call.values[name] = value
+
+
+def _side_sums(side: str, cubes: Tensor) -> dict[str, Tensor]:
+    """Return sums and extremes of cubes (calls, rows, positions, units) by name, one for each call.
 
     Deviations are from the first row in place of the mean: one pass fewer, and exactly 0 where all rows are
     the same.
     """
-    rows, positions, units = cube.shape
-    found.sizes[side] = rows, positions * units, units
-    found.values[f"{side}_squares"] = _squares(cube)
-    if rows > 1:
-        deviation = cube - cube[:1]
-        found.values[f"{side}_spread_squares"] = _squares(deviation)
-        found.values[f"{side}_spread_sums"] = _squares(deviation.sum(0))
+    found = {f"{side}_squares": _squares(cubes)}
+    if cubes.shape[1] > 1:
+        deviation = cubes - cubes[:, :1]
+        found[f"{side}_spread_squares"] = _squares(deviation)
+        found[f"{side}_spread_sums"] = _squares(deviation.sum(1))
+    if side == "output":
+        return found | _output_statistics(cubes)
+    found["input_lowest"], found["input_highest"] = torch.aminmax(cubes.flatten(1), dim=1)
+    return found
 
 
 def _squares(values: Tensor) -> Tensor:
-    flat = values.reshape(-1)
-    return torch.dot(flat, flat)
+    flat = values.flatten(1)
+    if len(flat) == 1:  # several times as fast
+        return torch.dot(flat[0], flat[0]).unsqueeze(0)
+    squares: Tensor = torch.linalg.vecdot(flat, flat)
+    return squares
 
 
-def _output_statistics(cube: Tensor) -> dict[str, Tensor]:
-    highest_rows, lowest_rows = cube.amax(0), cube.amin(0)  # by position and unit
-    highest, lowest = highest_rows.amax(0), lowest_rows.amin(0)
+def _output_statistics(cubes: Tensor) -> dict[str, Tensor]:
+    highest_rows, lowest_rows = cubes.amax(1), cubes.amin(1)  # by position and unit
+    highest, lowest = highest_rows.amax(1), lowest_rows.amin(1)
     found = {
-        "output_max": highest.max(),
-        "output_min": lowest.min(),
-        "nonzero": cube.count_nonzero(),
-        "alive": torch.logical_or(highest, lowest).count_nonzero(),
+        "output_max": highest.amax(1),
+        "output_min": lowest.amin(1),
+        "nonzero": _count(cubes != 0),
+        "alive": _count(torch.logical_or(highest, lowest)),
     }
-    if len(cube) > 1:
-        found["constant"] = (highest_rows == lowest_rows).count_nonzero()
+    if cubes.shape[1] > 1:
+        found["constant"] = _count(highest_rows == lowest_rows)
     return found
+
+
+def _count(where: Tensor) -> Tensor:
+    """Return how often it is so in each call, in the dtype of the other sums: one kernel packs them all."""
+    return where.flatten(1).sum(1, dtype=torch.float32)
 
 
 def _interior(padding: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from gradguard.facts import ModuleReading
 from gradguard.sensors.hooks import HookSet, QuietHook, tensors_in
 from gradguard.sensors.module_stats import (
     ModuleSums,
+    add_sums,
     forward_statistics,
     masked_statistics,
     root_statistics,
@@ -90,11 +91,12 @@ class ModuleWatch:
             return
         self._step = step
         early = self._turn < _EARLY
-        fit = [name for name, module in model.named_modules() if _is_measured(name, module)]
+        modules = list(model.named_modules())  # of a model with hundreds, that takes a millisecond
+        fit = [name for name, module in modules if _is_measured(name, module)]
         turns = max(1, -(-len(fit) // (_MEASURED_EARLY if early else _MEASURED)))
         measured = {"", *fit[self._turn % turns :: turns]}
         self._turn += 1
-        for name, module in model.named_modules():
+        for name, module in modules:
             if early or self._asked or name in measured:
                 self._listen(name, module, measured=name in measured)
 
@@ -112,9 +114,10 @@ class ModuleWatch:
         if step is None:
             return
         self.called.update(name for name, one in seen.items() if one.calls)
+        add_sums([one.sums for one in seen.values()])
         for name, one in seen.items():
             if one.sums.values:
-                self._queue.put(partial(_reading, step, name, one), one.sums.values)
+                self._queue.put_own(partial(_reading, step, name, one), one.sums.values)
 
     def uncalled(self, names: Sequence[str]) -> tuple[str, ...] | None:
         """Return those of the parameters whose module was never called; None when that is not known."""

@@ -42,6 +42,11 @@ class FactQueue:
             self._deliver, lag=lag, max_age_s=_MAX_AGE_S
         )
 
+    def put_own(self, make: Maker, values: Mapping[str, Tensor]) -> None:
+        """Queue a fact of values that nobody else can write to: they need not be copied. Sync: none."""
+        layout = tuple((name, value.numel()) for name, value in values.items())
+        self._rows.push(_Pending(make, layout), tuple(values.values()))
+
     def put(self, make: Maker, values: Mapping[str, Tensor]) -> None:
         """Queue a fact: ``make`` is called with the values as lists of numbers, by name. Sync: none."""
         flat = {name: value.detach().reshape(-1) for name, value in values.items()}

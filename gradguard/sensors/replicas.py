@@ -52,18 +52,22 @@ class ReplicaWatch:
             hook = _Local(self._local, index)
             self._handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
 
-    @torch.no_grad()
     def given(self, inputs: Sequence[Tensor]) -> None:
         """Note the batch of this rank."""
         if self._handles and inputs:
-            self._rows = row_fingerprints(inputs[0])
+            with torch.no_grad():
+                self._rows = row_fingerprints(inputs[0])
 
-    @torch.no_grad()
     def at_step(self) -> None:
         """Read gradients and their reduction, right before the step is taken. Sync: none."""
         model = self._model()
-        if not self._handles or model is None:
-            return
+        if (
+            self._handles and model is not None
+        ):  # seldom: without, no_grad would cost more than the rest
+            self._read_gradients(model)
+
+    @torch.no_grad()
+    def _read_gradients(self, model: nn.Module) -> None:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         reduced = [p.grad for p in self._listened(model) if p.grad is not None]
         if gradients:
@@ -72,14 +76,16 @@ class ReplicaWatch:
             self._values["reduced"] = torch.stack([_square(g) for g in reduced]).sum().sqrt()
             self._values["local"] = torch.stack(list(self._local.values())).sum().sqrt()
 
-    @torch.no_grad()
     def stop(self, step: int) -> None:
         """Read parameters and buffers after the step, and queue the reading. Sync: none."""
         model = self._model()
         listening, values = bool(self._handles), self._values
         self.close()
-        if not listening or model is None:
-            return
+        if listening and model is not None:
+            self._read_parameters(step, model, values)
+
+    @torch.no_grad()
+    def _read_parameters(self, step: int, model: nn.Module, values: dict[str, Tensor]) -> None:
         values["parameters"] = _fingerprint(list(model.parameters()))
         buffers = [b for b in model.buffers() if b.is_floating_point()]
         if buffers:

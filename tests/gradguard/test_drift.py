@@ -192,3 +192,17 @@ def test_a_watched_embedding_is_seen_to_move_beside_a_dense_table():
     for record in records:
         embedding, dense = record.parameters[0].drift, record.parameters[1].drift
         assert 0 < embedding.moved_fraction < 0.5 < dense.moved_fraction
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_among_hundreds_of_small_tensors_the_whole_lies_within_its_stated_error(seed):
+    """One run a tensor is enough where there are many, although rows of a tensor move by different amounts."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [torch.randn(48, 53, generator=generator) for _ in range(200)]
+    rows = [torch.rand(48, 1, generator=generator) for _ in parameters]
+    update = [row * torch.randn(48, 53, generator=generator) for row in rows]
+    overall = moved_by(update, parameters).overall
+    exact = math.sqrt(sum(one.square().sum().item() for one in update))
+    assert overall.sampled == 200 * 64
+    assert overall.update_norm == pytest.approx(exact, rel=overall.relative_error)
+    assert overall.relative_error < 0.1

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gradguard.sensors.module_stats import forward_statistics
+from gradguard.sensors.module_stats import add_sums, forward_statistics
 
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-3, 300.0, math.nan, math.inf, -math.inf])
 SHAPES = st.sampled_from([(4,), (1, 3), (5, 3), (4, 2, 3), (3, 2, 2, 2)])
@@ -28,6 +28,7 @@ def filled(draw, shape):
 def numbers_of(inputs, output):
     """Return what the guard would report of a call."""
     sums = forward_statistics(nn.Identity(), [inputs], output)
+    add_sums([sums])
     return sums.numbers({name: [value.item()] for name, value in sums.values.items()})
 
 
@@ -80,6 +81,29 @@ def test_equal_rows_have_no_spread_at_all(row, count):
     found = numbers_of(same, same.clone())
     assert found["output_row_std"] == found["input_row_std"] == 0.0
     assert found["constant_fraction"] == 1.0
+
+
+@given(data=st.data(), shapes=st.lists(SHAPES, min_size=2, max_size=6))
+def test_calls_read_together_are_read_as_if_alone(data, shapes):
+    """Each call of several, of which some share their kernels, has the numbers it has alone."""
+    pairs = [(data.draw(filled(shape)), data.draw(filled(shape))) for shape in shapes]
+    alone = [numbers_of(*pair) for pair in pairs]
+    together = [forward_statistics(nn.Identity(), [one], other) for one, other in pairs]
+    add_sums(together)
+    for sums, wanted in zip(together, alone, strict=True):
+        found = sums.numbers({name: [value.item()] for name, value in sums.values.items()})
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("rows", [4, 512])
+def test_what_is_written_over_later_is_read_as_it_was(rows):
+    """A module that works in place on what was read changes nothing, for small and large outputs."""
+    output = torch.arange(float(rows * 64)).reshape(rows, 64)
+    sums = forward_statistics(nn.Identity(), [output.clone()], output)
+    highest = output.max().item() if rows <= 64 else output[:: rows // 64][:64].max().item()
+    output.zero_()
+    add_sums([sums])
+    assert sums.values["output_max"].item() == highest
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
