@@ -61,9 +61,8 @@ class ReplicaWatch:
     def at_step(self) -> None:
         """Read gradients and their reduction, right before the step is taken. Sync: none."""
         model = self._model()
-        if (
-            self._handles and model is not None
-        ):  # seldom: without, no_grad would cost more than the rest
+        # Seldom true, and entering no_grad at every step would cost more than all else here.
+        if self._handles and model is not None:
             self._read_gradients(model)
 
     @torch.no_grad()
